@@ -12,6 +12,7 @@ from scaling import Block, BlockWork, Clock, Costs, costs_of_run, scaled, simula
 
 from s2q.calibration.stream import TeacherStream
 from s2q.engines.engine import Worker
+from s2q.models import FAMILIES
 from s2q.models.synthetic import synthetic_model
 from s2q.recipes.load import load_recipe
 
@@ -101,7 +102,9 @@ def test_the_stream_of_a_simulated_worker_moves_as_that_of_a_block_runner(claims
     monkeypatch.setattr(TeacherStream, "_start", start)
     monkeypatch.setattr(TeacherStream, "_pass", lambda stream: moves.append(stream._position))
     names = [f"blocks.{index}" for index in range(6)]
-    stream = TeacherStream(None, names, calls=[], names=[], steps=[], streams=(), folder=tmp_path)
+    stream = TeacherStream(
+        None, names, calls=[], names=[], steps=[], family=FAMILIES["WanTransformer3DModel"], folder=tmp_path
+    )
     blocks = tuple(Block(quantize=0.0, stream=10.0**index) for index in range(6))
     costs = Costs(prompts=(), transformers=(blocks,), stream_start=0.5)
     work, worker = BlockWork(costs=costs, clock=Clock(), claims=[]), Worker(device="cpu", tell=print)

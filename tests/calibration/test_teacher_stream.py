@@ -100,7 +100,7 @@ class Model:
             calls=[lambda call=call: dict(call) for call in self.calls],
             names=[f"sample {sample}" for sample in range(SAMPLES)],
             steps=range(SAMPLES),
-            streams=family.streams,
+            family=family,
             folder=folder,
             **options,
         )

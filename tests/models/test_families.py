@@ -54,9 +54,7 @@ def stream(pipe, trajectory, tmp_path_factory):
         calls=calls,
         names=[f"step {step}" for step in range(len(calls))],
         steps=range(len(calls)),
-        streams=family.streams,
-        list_streams=family.list_streams,
-        chained=family.chained,
+        family=family,
         folder=tmp_path_factory.mktemp("stream"),
     )
 

@@ -67,7 +67,7 @@ def test_each_transformer_of_a_pair_has_its_adapter(wan, tmp_path):
             torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpoint_is_quantized_with_the_adapter_and_says_so(wan, tmp_path):
+def test_a_checkpoint_is_quantized_with_the_adapter_and_the_report_lists_it(wan, tmp_path):
     pipe, folder = wan
     file = save_lora(pipe, tmp_path / "lora")
     report = s2q.quantize(folder, recipe="rtn-w8a8", out=tmp_path / "out", loras=[f"{file}:0.5"])

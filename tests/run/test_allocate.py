@@ -181,7 +181,7 @@ def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
         calls=calls,
         names=["a", "b"],
         steps=[0, 1],
-        streams=one.family.streams,
+        family=one.family,
         folder=tmp_path,
     )
     selected = SimpleNamespace(inputs=SimpleNamespace(seed=0), fingerprint=lambda component: "these")

@@ -101,7 +101,7 @@ class Argument:
 
 
 def to_artefact(trajectory: Trajectory, *, channel_dim: int, unbatched: Sequence[str] = ()) -> Artefact:
-    """Keep of a trajectory of one video what calibration needs; C is dimension `channel_dim` of a latent.
+    """Convert the trajectory of one video to an artefact; C is dimension `channel_dim` of a latent.
 
     Of the arguments, `unbatched` have no rows.
     """

@@ -1,10 +1,9 @@
 """Collecting: the denoising steps of a few prompts, scored.
 
 For each prompt the full-precision pipeline runs once, up to the last step that a selection without scores takes of it,
-or to the end; kept are the latent before each step and the last one, the
-timesteps, which transformer was called, and what else it was given (text embedding of both guidance branches, rotary
-tables): a function of model, prompt and seed, stored under its fingerprint, so that a killed run does not generate
-again.
+or to the end. Kept are the latent before each step and the last one, the timesteps, which transformer was called, and
+what else it was given (text embedding of both guidance branches, rotary tables): a function of model, prompt and seed,
+stored under its fingerprint, so that a killed run does not generate again.
 """
 
 import json

@@ -27,6 +27,7 @@ from s2q.common.memory import on_device, release_page_locked, to_device
 from s2q.common.progress import Tick
 from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
+from s2q.models.family import Family
 
 
 class TeacherStream:
@@ -37,9 +38,7 @@ class TeacherStream:
         names: What messages call the samples.
         steps: Index of the denoising step that each sample is of.
         timesteps: The same as `calls`, for calls whose timestep alone counts; see `timestep_inputs`.
-        streams: Keyword arguments of a block that it returns anew, in that order.
-        list_streams: The same of blocks of a list that return others, by the name of the list.
-        chained: Whether a block's inputs are what the one before returned.
+        family: Of the transformer; tells which arguments of a block it returns anew.
         folder: Where tensors go that memory has no room for.
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         page_out: Called with a block that will not be read for a while.
@@ -57,9 +56,7 @@ class TeacherStream:
         names: Sequence[str],
         steps: Sequence[int],
         timesteps: Sequence[Callable[[], dict[str, Any]]] = (),
-        streams: Sequence[str],
-        list_streams: Mapping[str, Sequence[str]] | None = None,
-        chained: bool = True,
+        family: Family,
         folder: Path,
         device: str = "cpu",
         memory: HostMemory | None = None,
@@ -70,9 +67,8 @@ class TeacherStream:
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names = calls, list(names)
-        self._streams, self._list_streams, self.chained = tuple(streams), dict(list_streams or {}), chained
         self.steps, self.timesteps = tuple(steps), timesteps
-        self.device, self.prefix = device, prefix
+        self.family, self.device, self.prefix = family, device, prefix
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
         self.page_out, self.component, self.tokens = page_out, component, tokens
         self._moving = self.store("stream")
@@ -87,8 +83,7 @@ class TeacherStream:
     @property
     def streams(self) -> tuple[str, ...]:
         """Keyword arguments that the block at hand returns anew, in that order; at first, those of the first block."""
-        block_list = self.block_names[self._position or 0].partition(".")[0]
-        return tuple(self._list_streams.get(block_list, self._streams))
+        return self.family.streams_of(self.block_names[self._position or 0])
 
     def store(self, name: str) -> TensorStore:
         """Make a store for what belongs to the block at hand, with the memory of this stream."""
@@ -98,8 +93,8 @@ class TeacherStream:
     def advance(self, block: int) -> None:
         """Go to the inputs of a block; backwards means from the start."""
         try:
-            if self._position is None or block < self._position or (block > self._position and not self.chained):
-                self._start(0 if self.chained else block)
+            if self._position is None or block < self._position or (block > self._position and not self.family.chained):
+                self._start(0 if self.family.chained else block)
             assert self._position is not None
             while self._position < block:
                 self._pass()
@@ -174,7 +169,7 @@ class TeacherStream:
     def _renamed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Give arguments the names that the block at hand has for them: those at the same place, in another list."""
         assert self._position is not None
-        if not self.chained:
+        if not self.family.chained:
             return dict(arguments)
         blocks = (self.transformer.get_submodule(self.block_names[index]) for index in (0, self._position))
         names = dict(zip(*(_parameters(type(block)) for block in blocks), strict=False))

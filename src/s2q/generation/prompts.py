@@ -32,7 +32,7 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 _MAX_BYTES, _PIECE_BYTES = 1 << 26, 1 << 20
 _KEYS = ("prompt", "image", "negative_prompt", "seed")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Formats of images: those that are pixels, and that no other program is started for."""
+"""Formats of images that are decoded by PIL itself; EPS would start Ghostscript."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class Calibration(Options):
 
     Attributes:
         n_prompts: Prompts to generate; the first ones, where more are given.
-        steps: Denoising steps of each; None takes the model's default, as for what follows.
+        steps: Denoising steps of each; None takes the model's default, as for all down to `width`.
         guidance_scale: Weight of classifier-free guidance; at most 1 runs one branch, without guidance.
         guidance_scale_2: Weight in the steps of a second transformer; None takes `guidance_scale`.
         scheduler: Class name of a scheduler of diffusers, with the configuration of the model's.
