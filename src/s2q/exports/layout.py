@@ -32,8 +32,8 @@ class Layout:
     """The original layout of a transformer class.
 
     Attributes:
-        architecture: Name of the model family: `general.architecture` of GGUF files, and the key of linears that ComfyUI
-            misreads.
+        architecture: Name of the model family: `general.architecture` of GGUF files, and the key of linears that
+            ComfyUI misreads.
         rules: Rules from names of diffusers to original names.
     """
 
