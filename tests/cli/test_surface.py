@@ -4,6 +4,8 @@ import inspect
 import typing
 from pathlib import Path
 
+import typer
+
 from s2q.cli.app import app
 
 GOLDEN = Path(__file__).with_name("surface.txt")
@@ -19,6 +21,8 @@ def parameters(callback):
     """Name, description (typer's), type and default of every parameter."""
     hints = typing.get_type_hints(callback, include_extras=True)
     for parameter in inspect.signature(callback).parameters.values():
+        if hints[parameter.name] is typer.Context:
+            continue
         plain, description = typing.get_args(hints[parameter.name])[:2]
         yield parameter.name, description, plain, parameter.default
 

@@ -15,9 +15,9 @@ from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 
 @pytest.fixture
 def uncached():
-    fused.passes.cache_clear()
+    fused.compiled.cache_clear()
     yield
-    fused.passes.cache_clear()
+    fused.compiled.cache_clear()
 
 
 def draw(*shape, seed=0):
@@ -105,7 +105,7 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_without_them_pytorch_computes_the_same(monkeypatch, uncached, reason, caplog):
     expected = run()
-    fused.passes.cache_clear()
+    fused.compiled.cache_clear()
     REASONS[reason](monkeypatch)
     with caplog.at_level("DEBUG", logger="s2q.ops.fused"):
         found = run()
@@ -117,12 +117,12 @@ def test_without_them_pytorch_computes_the_same(monkeypatch, uncached, reason, c
 
 def test_a_library_that_others_may_write_is_not_loaded(monkeypatch, uncached, tmp_path, passes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused.passes.cache_clear()
+    fused.compiled.cache_clear()
     assert fused.passes() is not None
     (library,) = (tmp_path / "s2q").glob("fused-*.so")
     library.write_bytes(b"not a library")
     library.chmod(0o666)
-    fused.passes.cache_clear()
+    fused.compiled.cache_clear()
     assert fused.passes() is not None, "compiled for once, beside the one that may be anything"
     assert library.read_bytes() == b"not a library"
 
@@ -130,7 +130,7 @@ def test_a_library_that_others_may_write_is_not_loaded(monkeypatch, uncached, tm
 def test_a_home_without_room_for_a_cache(monkeypatch, uncached, tmp_path, passes):
     (tmp_path / "s2q").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused.passes.cache_clear()
+    fused.compiled.cache_clear()
     assert fused.passes() is not None
 
 

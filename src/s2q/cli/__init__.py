@@ -1,4 +1,4 @@
-"""The command line: `s2q demo | plan | quantize | generate | eval | compare | bench | inspect | export | convert`.
+"""The command line: `s2q demo | plan | quantize | generate | eval | compare | bench | inspect | export | …`.
 
 `main` maps everything that can happen to an exit code: 0 done, 1 failure, 2 usage, 3 invalid input, 4 resources, 5
 busy, 130 interrupted, 143 terminated. Results go to stdout, everything else to stderr. Nothing heavy is imported before

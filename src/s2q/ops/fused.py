@@ -168,20 +168,25 @@ def vector(value: Tensor | None, length: int, *, missing: float) -> Tensor:
     return value.reshape(-1).float().contiguous()
 
 
-@functools.cache
 def passes() -> Passes | None:
     """Return the compiled passes; None where they cannot be compiled or differ from PyTorch's operations."""
+    return compiled()[0]
+
+
+@functools.cache
+def compiled() -> tuple[Passes | None, str | None]:
+    """Return the compiled passes, or None and the reason in a few words."""
     reason = _obstacle()
     if reason is None:
         try:
-            found = Passes(_library())
-            if _equals_torch(found):
-                return found
+            loaded = Passes(_library())
+            if _equals_torch(loaded):
+                return loaded, None
             reason = "their bits differ from PyTorch's here"
         except (OSError, subprocess.SubprocessError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
     logger.debug("elementwise passes run in PyTorch, not fused: %s", reason)
-    return None
+    return None, reason
 
 
 def _obstacle() -> str | None:
