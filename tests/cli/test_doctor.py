@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from s2q.benchmark import diagnosis
+from s2q.benchmark.self_test import OPS
 from s2q.cli import run
-from s2q.nn.self_test import OPS
 from s2q.ops import fused, level_values
 
 

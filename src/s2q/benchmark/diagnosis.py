@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from s2q.benchmark.machine import hardware
+from s2q.benchmark.self_test import FAILED, PASSED, UNAVAILABLE, SelfTest, self_tests
 from s2q.common.devices import device_memory_bytes
 from s2q.common.errors import first_line
 from s2q.common.records import DIAGNOSIS_VERSION
 from s2q.common.versions import is_installed, package_versions
-from s2q.nn.self_test import FAILED, PASSED, UNAVAILABLE, SelfTest, self_tests
 from s2q.ops import fused
 from s2q.planning import device_products
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import s2q.ops
+from s2q.benchmark import self_test
+from s2q.benchmark.self_test import FAILED, OPS, PASSED, UNAVAILABLE, self_tests
 from s2q.common.errors import InvalidInputError
-from s2q.nn import self_test
-from s2q.nn.self_test import FAILED, OPS, PASSED, UNAVAILABLE, self_tests
 from s2q.ops import dispatch, level_values
 
 
@@ -96,7 +96,7 @@ def test_the_state_of_the_caller_changes_nothing():
 @pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
 def test_triton_passes_in_its_interpreter():
     code = (
-        "from s2q.nn.self_test import self_tests\n"
+        "from s2q.benchmark.self_test import self_tests\n"
         "print({test.op: test.status for test in self_tests('cpu') if test.backend == 'triton'})"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
