@@ -76,7 +76,7 @@ def test_the_file_has_everything_that_was_promised(pipe, damaged):
     result = evaluate(damaged, reference=pipe, prompts=["a", CAPTION], seeds=[0, 4], **FAST)
     assert result["schema_version"] == 1
     assert (result["n_prompts"], result["n_seeds"]) == (2, 2)
-    alone = {"black_frames", *(name for name in METRICS if name.startswith("adherence"))}
+    alone = {"black_frames", "first_frame_psnr_db", *(name for name in METRICS if name.startswith("adherence"))}
     assert set(result["metrics"]) == {*METRICS, *(f"reference_{name}" for name in alone), "adherence_all_change"}
     for entry in result["metrics"].values():
         assert set(entry) == {"mean", "low", "high", "definition", "version"}

@@ -14,6 +14,7 @@ from s2q.evaluation.metrics import (
     SSIM_SIGMA,
     SSIM_WINDOW,
     black_frames,
+    first_frame_psnr_db,
     flicker_rms,
     latent_cosine,
     latent_relative_l2,
@@ -168,6 +169,15 @@ def test_motion_is_relative_to_the_reference():
     assert motion_ratio(fast, nearly) is None
     assert motion_ratio(fast, moving) == pytest.approx(40.0)
     assert motion_ratio(fast[:1], fast[:1]) is None
+
+
+def test_the_first_frame_alone_is_compared_with_the_image():
+    image = torch.randint(0, 200, (4, 6, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    frames = torch.stack([image + 5, image, image])
+    assert first_frame_psnr_db(frames, image) == pytest.approx(20 * math.log10(255 / 5))
+    assert first_frame_psnr_db(frames[1:], image) == 100.0
+    with pytest.raises(InvalidInputError, match="shape"):
+        first_frame_psnr_db(frames, image[:3])
 
 
 def test_frames_are_black_where_nearly_all_pixels_are():

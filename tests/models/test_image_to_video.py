@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,6 +15,7 @@ from s2q.checkpoint import file_tensors, read_config
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.compare import compare
+from s2q.generation.conditioning import starting_image
 from s2q.generation.generate import generate
 from s2q.generation.prompts import Prompt, prompt_list, prompt_record, read_prompts
 from s2q.generation.settings import resolve_settings
@@ -127,6 +129,31 @@ def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
     result = s2q.evaluate(tmp_path / "out", reference=tmp_path / "model", prompts=prompts, seeds=[0], **call)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.2
     assert [entry["prompt"] for entry in result["videos"]] == ["a red one", "a blue one"]
+    pixels = np.array(loaded.video_processor.resize(prompts[0].image.pixels, size["height"], size["width"]))
+    error = np.square(video.frames[0].numpy().astype(float) - pixels).mean()
+    measured = result["videos"][0]["metrics"]
+    if name != "hunyuanvideo 1.5 image":  # which crops
+        assert measured["first_frame_psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.2)
+    is_fixed = measured["first_frame_psnr_db"] == measured["reference_first_frame_psnr_db"]
+    assert is_fixed == (name == "wan 2.2 5b image"), "its first latent frame is that of the image"
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
+def test_the_first_frame_is_compared_with_the_image_that_the_pipeline_encodes(name, monkeypatch):
+    pipe, seen = tiny_pipeline(name), []
+    preprocess = pipe.video_processor.preprocess
+
+    def spy(*args, **kwargs):
+        seen.append(preprocess(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(pipe.video_processor, "preprocess", spy)
+    size = video_size(pipe)
+    (video,) = generate(pipe, prompts=image_prompts("a"), num_inference_steps=2, **size)
+    encoded = ((seen[0][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    assert torch.equal(video.image, encoded)
+    assert len(video.image.unique()) > 2, "an image that was resized"
+    assert starting_image(pipe, "text alone", height=16, width=16) is None
 
 
 def test_a_plan_counts_the_tokens_of_the_image_and_measures_with_one(model, capsys):

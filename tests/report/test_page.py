@@ -66,6 +66,14 @@ def test_the_page_is_well_formed_and_holds_everything_itself():
     assert page.all("img")[0]["src"].startswith("data:image/png;base64,")
 
 
+def test_a_card_shows_the_first_frame_of_both_models_where_videos_start_from_an_image():
+    assert "against the given image" not in render_page(content())
+    first = {"first_frame_psnr_db": metric(28.44), "reference_first_frame_psnr_db": metric(31.02)}
+    page = render_page(content(evaluation=evaluation(metrics=evaluation()["metrics"] | first)))
+    assert "28.4 dB" in page
+    assert "against the given image; full precision: 31.0 dB" in page
+
+
 def test_what_is_shown_is_named_for_those_who_cannot_see_it():
     page = Outline(render_page(content()))
     assert page.all("html")[0]["lang"] == "en"

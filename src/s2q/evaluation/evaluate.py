@@ -285,7 +285,7 @@ def run_reference(
             result = denoise(pipe, names, seeds=numbers, settings=generation, step_done=tick)
             if VELOCITY in wanted:
                 recordings.skip()
-        videos += _report_videos(videos_of(names, numbers, result), reference, video_done)
+        videos += _report_videos(videos_of(pipe, names, numbers, result), reference, video_done)
     run = ReferenceRun(
         settings=settings,
         architecture=architecture_of(pipe, label=model_label(reference)),
@@ -331,7 +331,7 @@ def judge_model(
         if trajectory is not None:
             replay = replay or StageCounter(progress, "velocity", run.recordings.num_calls)
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
-        videos = _report_videos(videos_of(names, seeds, result), model, video_done)
+        videos = _report_videos(videos_of(pipe, names, seeds, result), model, video_done)
         for video, errors in zip(videos, steps, strict=True):
             scores.append(judge_video(video, run.videos[len(scores)], errors, wanted=run.wanted, judges=run.judges))
     if pipe not in (model, opened):

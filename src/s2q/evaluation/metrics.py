@@ -113,6 +113,11 @@ def motion_ratio(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
     return energy / base if base >= STILL_LEVELS else None
 
 
+def first_frame_psnr_db(frames: torch.Tensor, image: torch.Tensor) -> float:
+    """Return the PSNR of the first frame against the image that the video starts from, `[H, W, 3]`, uint8, in dB."""
+    return psnr_pooled_db(frames[:1], image[None])
+
+
 def black_frames(frames: torch.Tensor) -> float:
     """Return the share of black frames in 0..1: 99 % of the pixels have a luma of at most 16 of 255."""
     dark = (_luma(frames) <= BLACK_LEVEL).flatten(1).double().mean(dim=1)

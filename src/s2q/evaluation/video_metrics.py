@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
+import torch
+
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.evaluation import metrics
 from s2q.evaluation.definitions import metric_table
@@ -15,7 +17,16 @@ from s2q.generation.generate import Video
 
 VELOCITY = "velocity_relative_error"
 BLACK = "black_frames"
-METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, SPEED, BLACK, *ADHERENCE, VELOCITY)
+FIRST_FRAME = "first_frame_psnr_db"
+METRICS: tuple[str, ...] = (
+    *metrics.LATENT_METRICS,
+    *metrics.FRAME_METRICS,
+    SPEED,
+    FIRST_FRAME,
+    BLACK,
+    *ADHERENCE,
+    VELOCITY,
+)
 
 
 def selected_metrics(names: Sequence[str], *, lpips: bool = False, clip: bool = False) -> tuple[str, ...]:
@@ -48,6 +59,8 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     values = _distances(video, base, names=names)
     if SPEED in names:
         values[SPEED] = speed_ratio(video.prompt, video.frames, base.frames)
+    if FIRST_FRAME in names:
+        values |= measure_both(lambda _, frames: _first_frame(frames, base.image), video, base, names=names)
     if BLACK in names:
         values |= measure_both(lambda _, frames: {BLACK: metrics.black_frames(frames)}, video, base, names=names)
     if any(name in ADHERENCE for name in names):
@@ -72,6 +85,10 @@ def _distances(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> 
         **{name: measure(video.latents, base.latents) for name, measure in latents.items() if name in names},
         **{name: measure(video.frames, base.frames) for name, measure in frames.items() if name in names},
     }
+
+
+def _first_frame(frames: torch.Tensor, image: torch.Tensor | None) -> dict[str, float | None]:
+    return {FIRST_FRAME: None if image is None else metrics.first_frame_psnr_db(frames, image)}
 
 
 def judge_video(

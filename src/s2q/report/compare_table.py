@@ -12,6 +12,7 @@ HEADINGS = {
     "ssim": "SSIM",
     "flicker_rms": "flicker",
     "motion_ratio": "motion",
+    "first_frame_psnr_db": "first frame",
     "lpips": "LPIPS",
     "clip_score": "CLIP score",
     "adherence_all": "adherence",

@@ -76,6 +76,7 @@ def title_of(name: str) -> str:
         "flicker_rms": "Flicker, RMS",
         "motion_ratio": "Motion, ratio",
         "speed_ratio": "Speed of the object, ratio",
+        "first_frame_psnr_db": "First frame, PSNR",
         "black_frames": "Black frames",
         "lpips": "LPIPS",
         "clip_score": "CLIP score",

@@ -178,6 +178,11 @@ def _cards(
         if name in measured:
             another = f"another seed alone: {formatting.format_value(name, floor[name])}" if name in floor else note
             cards.append((label, formatting.format_value(name, measured[name]["mean"]), another))
+    if "first_frame_psnr_db" in measured:
+        of_reference = measured["reference_first_frame_psnr_db"]["mean"]
+        note = f"against the given image; full precision: {formatting.format_value('psnr_db', of_reference)}"
+        value = formatting.format_value("psnr_db", measured["first_frame_psnr_db"]["mean"])
+        cards.append(("First frame", value, note))
     base = content.evaluation["metrics"].get("reference_adherence_all")
     if base and "adherence_all" in measured:
         note = f"full precision: {formatting.format_value('adherence', base['mean'])}; all four properties right"
