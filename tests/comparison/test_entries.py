@@ -1,15 +1,19 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from loras import save_lora
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.entries import content_of, find_entries
 from s2q.models import resolve_model
+from s2q.models.lora import with_loras
 from s2q.recipes.load import recipe_names
 from s2q.recipes.methods import matching_recipes
 from s2q.run.quantize import quantize
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,21 @@ def test_a_model_is_told_by_what_it_holds(tiny_model, tmp_path):
     found = {path.name: content_of(resolve_model(str(path))) for path in tmp_path.iterdir()}
     assert found["first"] == found["second"]
     assert found["trained"] != found["first"] != found["shifted"]
+
+
+def test_adapters_are_told_apart_by_what_they_hold_and_not_by_their_names(tmp_path):
+    pipe = tiny_pipeline("wan")
+    pipe.save_pretrained(tmp_path / "model")
+    first, second = (save_lora(pipe, tmp_path / str(seed), seed=seed) for seed in range(2))
+    copy = shutil.copy(first, tmp_path / "copy.safetensors")
+
+    def content(*loras):
+        return content_of(with_loras(resolve_model(tmp_path / "model"), [str(lora) for lora in loras]))
+
+    assert content(first) == content(copy)
+    assert content(first, second) == content(second, first)
+    assert content(first) not in (content(), content(second), content(f"{first}:2"), content(first, copy))
+    assert json.loads(json.dumps(content(first))) == content(first), "compared with what a file holds"
 
 
 def test_checkpoints_are_told_apart_by_their_folders(checkpoints):

@@ -116,10 +116,11 @@ def test_a_worker_checks_adapters_once_for_all_its_shards(tool, adapted, tmp_pat
         out=tmp_path / "out",
         prompts=["a", "b"],
         seeds=[0],
-        metrics=["psnr"],
+        metrics=["velocity"],
         **SETTINGS,
     )
     assert result["entries"][0]["error"] is None
+    assert result["entries"][0]["metrics"]["velocity_relative_error"]["mean"] < 0.01, "both sides have the adapters"
     assert len(built) == 2, "before any compute, and in the worker"
 
 

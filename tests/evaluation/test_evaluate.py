@@ -73,9 +73,10 @@ def test_several_models_share_a_reference_that_generates_once(pipe, damaged):
 
 
 def test_the_file_has_everything_that_was_promised(pipe, damaged):
-    result = evaluate(damaged, reference=pipe, prompts=["a", CAPTION], seeds=[0, 4], **FAST)
+    prompts = [{"prompt": "a", "negative_prompt": "b", "seed": 7}, CAPTION]
+    result = evaluate(damaged, reference=pipe, prompts=prompts, seeds=[0, 4], **FAST)
     assert result["schema_version"] == 1
-    assert (result["n_prompts"], result["n_seeds"]) == (2, 2)
+    assert (result["n_prompts"], result["n_seeds"], result["inputs"]) == (2, 2, prompts)
     alone = {"black_frames", "first_frame_psnr_db", *(name for name in METRICS if name.startswith("adherence"))}
     assert set(result["metrics"]) == {*METRICS, *(f"reference_{name}" for name in alone), "adherence_all_change"}
     for entry in result["metrics"].values():

@@ -25,6 +25,7 @@ def part(first, count, **changes):
     fields = {
         "model": "student",
         "reference": "teacher",
+        "inputs": tuple({"prompt": f"p{i}", "seed": i} for i in range(first, first + count)),
         "videos": videos,
         "floor": tuple(VideoScores(prompt=p, seed=1, metrics={"ssim": 0.5 + int(p[1:])}) for p, s in jobs if s),
         "settings": SETTINGS,

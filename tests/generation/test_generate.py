@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from s2q.common.errors import InvalidInputError
+from s2q.engines.options import Workers
 from s2q.generation.generate import described, generate
 from tiny import tiny_pipeline
 
@@ -33,6 +34,17 @@ def test_a_prompt_with_a_seed_of_its_own_has_one_video(pipe):
     assert [(video.prompt, video.seed) for video in videos] == [("red", 3), ("red", 1), ("blue", 7)]
     assert described(videos[0]) == {"prompt": "red", "seed": 3}
     assert described(videos[2]) == {"prompt": "blue", "seed": 7, "negative_prompt": "ugly"}
+
+
+def test_workers_are_planned_for_the_videos_that_there_are(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "model")
+    asked, planned = [], Workers.planned
+    monkeypatch.setattr(
+        Workers, "planned", lambda self, tasks, **limits: asked.append(tasks) or planned(self, tasks, **limits)
+    )
+    prompts = [{"prompt": "red", "seed": 7}, {"prompt": "blue", "seed": 1}]
+    videos = generate(tmp_path / "model", prompts=prompts, seeds=range(4), **SETTINGS)
+    assert asked[0] == len(videos) == 2
 
 
 def test_progress_counts_every_step_of_every_batch(pipe):

@@ -1,12 +1,15 @@
 import logging
+import shutil
 
 import pytest
 import torch
 
+from loras import save_lora
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.compare import compare
-from s2q.generation.load import load_pipeline, pipeline_to_ask
+from s2q.generation.load import check_same_loras, load_pipeline, pipeline_to_ask
 from s2q.models import ModelSource, resolve_model
+from s2q.models.lora import with_loras
 from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
@@ -20,6 +23,23 @@ def folders(tmp_path_factory):
     tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(root / "full")
     quantize(root / "full", recipe="rtn-w4a6", out=root / "quantized")
     return root
+
+
+def test_a_checkpoint_is_compared_under_the_adapters_that_it_was_made_with_whatever_their_names_and_order(tmp_path):
+    pipe = tiny_pipeline("wan")
+    pipe.save_pretrained(tmp_path / "model")
+    first, second, other = (save_lora(pipe, tmp_path / str(seed), seed=seed) for seed in range(3))
+    given = [f"{first}:0.5", str(second)]
+    quantize(tmp_path / "model", recipe="rtn-w8a8", out=tmp_path / "out", loras=given)
+    renamed = shutil.copy(second, tmp_path / "renamed.safetensors")
+    model, plain = resolve_model(tmp_path / "out"), resolve_model(tmp_path / "model")
+    for loras in (given, given[::-1], [f"{first}:0.5", str(renamed)]):
+        check_same_loras(model, with_loras(plain, loras))
+    shutil.copy(other, second)  # another adapter under the name of the first
+    for loras in (given, given[:1], [], [*given[:1], f"{renamed}:0.5"], [*given[:1], str(renamed), str(renamed)]):
+        with pytest.raises(InvalidInputError, match="pass the same with --lora"):
+            check_same_loras(model, with_loras(plain, loras))
+    check_same_loras(plain, with_loras(plain, given))  # no checkpoint of s2q
 
 
 def test_full_precision_and_quantized_alike(folders):

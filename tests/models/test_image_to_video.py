@@ -129,6 +129,7 @@ def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
     result = s2q.evaluate(tmp_path / "out", reference=tmp_path / "model", prompts=prompts, seeds=[0], **call)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.2
     assert [entry["prompt"] for entry in result["videos"]] == ["a red one", "a blue one"]
+    assert result["inputs"] == [prompt_record(prompt) for prompt in prompts]
     pixels = np.array(loaded.video_processor.resize(prompts[0].image.pixels, size["height"], size["width"]))
     error = np.square(video.frames[0].numpy().astype(float) - pixels).mean()
     measured = result["videos"][0]["metrics"]
@@ -191,6 +192,10 @@ def test_a_comparison_takes_images(model, tmp_path, no_encoding, forked_workers)
     options = {"model": model, "out": tmp_path / "out", "seeds": [0], **CALL}
     result = compare(["rtn-w8a8"], prompts=prompts, **options)
     assert result["entries"][0]["error"] is None
+    assert result["prompts"] == ["a red one"]
+    assert result["inputs"] == [prompt_record(prompts[0])]
+    evaluation = json.loads((tmp_path / "out" / result["entries"][0]["evaluation"]).read_text())
+    assert evaluation["inputs"] == result["inputs"]
     other = [Prompt("a red one", image=prompt_list("prompts", image_prompts("a", "b"))[1].image)]
     with pytest.raises(InvalidInputError, match="contains a different comparison: prompts"):
         compare(["rtn-w8a8"], prompts=other, **options)

@@ -1,6 +1,7 @@
 """LoRA adapters that are fused into the model before it is quantized, and those that are refused."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -100,8 +101,24 @@ def test_a_run_with_another_adapter_does_not_resume(wan, tmp_path):
     pipe, folder = wan
     file = save_lora(pipe, tmp_path / "lora")
     source, recipe = resolve_model(folder), load_recipe("rtn-w8a8")
-    inputs = [run_inputs(with_loras(source, loras), recipe, None, {}) for loras in ([], [str(file)], [f"{file}:0.9"])]
-    assert inputs[0] != inputs[1] != inputs[2]
+    copy, other = shutil.copy(file, tmp_path / "copy.safetensors"), save_lora(pipe, tmp_path / "other", seed=1)
+
+    def inputs(*loras):
+        return run_inputs(with_loras(source, [str(lora) for lora in loras]), recipe, None, {})
+
+    assert inputs(file) not in (inputs(), inputs(f"{file}:0.9"), inputs(other))
+    assert inputs(file) == inputs(copy)
+    assert inputs(file, other) == inputs(other, file)
+
+
+def test_the_order_of_adapters_changes_no_bit(wan, tmp_path):
+    pipe, folder = wan
+    loras = [f"{save_lora(pipe, tmp_path / str(seed), seed=seed)}:0.37" for seed in range(3)]
+    forwards, backwards = (
+        with_loras(resolve_model(folder), given).load_pipeline(dtype="bfloat16").transformer.state_dict()
+        for given in (loras, loras[::-1])
+    )
+    assert all(torch.equal(tensor, backwards[name]) for name, tensor in forwards.items())
 
 
 @pytest.fixture

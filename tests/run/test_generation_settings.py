@@ -95,7 +95,10 @@ def test_entries_that_were_calibrated_differently_are_judged_as_the_model_is(che
     with caplog.at_level(logging.WARNING):
         planned = compare([str(out), "smoothquant-w4a6"], calibration_prompts=["red", "blue"], **common)
     assert planned["settings"]["num_inference_steps"] == 50
-    assert "calibrated with other generation settings" in caplog.text
+    (warning,) = [text for text in caplog.messages if "calibrated with other generation settings" in text]
+    expected = "guidance_scale the model's against 1.0, num_inference_steps the model's against 3, scheduler"
+    assert f" ({expected}" in warning
+    assert not any(name in warning for name in ("max_sequence_length", "negative_prompt"))
     planned = compare([str(out), "rtn-w4a6"], **common)
     assert planned["settings"]["num_inference_steps"] == 3
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2q.shapes.detector import detect, travel
+from s2q.shapes.detector import detect, detect_scene
 from s2q.shapes.scenes import all_combinations
 from training.videos import sample_batch
 
@@ -47,8 +47,10 @@ def test_an_object_travels_as_far_as_its_scene_says():
     labels = [label for label in all_combinations() if label.motion in ("right", "up")][::20]
     videos, _ = sample_batch(labels, generator=torch.Generator().manual_seed(5))
     for label, video in zip(labels, videos, strict=True):
-        distance, half, back = travel(video), travel(video[: len(video) // 2 + 1]), travel(video.flip(0))
+        distance, half, back = (
+            detect_scene(part).travel for part in (video, video[: len(video) // 2 + 1], video.flip(0))
+        )
         axis = 0 if label.motion == "right" else 1
         assert half[axis] == pytest.approx(distance[axis] / 2, rel=0.1)
         assert back[axis] == pytest.approx(-distance[axis], rel=1e-3)
-    assert travel(torch.full((9, 3, 32, 32), 0.5)) is None
+    assert detect_scene(torch.full((9, 3, 32, 32), 0.5)).travel is None

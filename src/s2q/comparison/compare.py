@@ -89,22 +89,24 @@ def compare(
         peers: Other tools, by their names in `comparison.peers.PEERS`; ["all"] for the installed ones.
         out: Folder to write; a comparison there is resumed, and may get more entries.
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
-        loras: LoRA adapters to fuse into the reference and what recipes quantize, as of `quantize`.
-        workers: Processes; their count, or "auto" for one a device, on a CPU one a core.
+        loras: LoRA adapters to fuse into the reference and what recipes quantize.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
         resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`, which allows that.
 
     Returns:
         The content of `compare.json`, with the `error` of what failed; of a dry run, the plan. Raises as `quantize`.
     """
-    model, given_dtype = arguments.model_argument("model", model), arguments.parse_dtype(dtype)
-    if not isinstance(model, str | Path):
-        raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
+    requested = (
+        requested_settings(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
+        | requested_settings(guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2)
+        | requested_settings(scheduler=scheduler, shift=shift)
+        | requested_settings(negative_prompt=negative_prompt, max_sequence_length=max_sequence_length)
+    )
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = CompareSettings(
         entries=arguments.name_list("entries", entries),
         peers=arguments.name_list("peers", peers),
-        model=str(model),
+        model=_name_of(model),
         out=arguments.path_argument("out", out),
         prompts=optional(prompt_list, "prompts", prompts),
         num_prompts=arguments.whole_number("num_prompts", num_prompts, least=1),
@@ -116,19 +118,8 @@ def compare(
         metrics=arguments.name_list("metrics", metrics),
         lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
         clip=optional(arguments.path_argument, "clip", clip),
-        requested=requested_settings(
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            scheduler=scheduler,
-            shift=shift,
-            negative_prompt=negative_prompt,
-            max_sequence_length=max_sequence_length,
-        ),
-        dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
+        requested=requested,
+        dtype=_dtype_name(dtype),
         variant=optional(arguments.word, "variant", variant),
         loras=arguments.path_list("loras", loras),
         verify=optional(arguments.flag, "verify", verify),
@@ -138,6 +129,19 @@ def compare(
         dry_run=arguments.flag("dry_run", dry_run),
     )
     return _compare(settings, progress or silent)
+
+
+def _name_of(model: object) -> str:
+    """The name or folder of a model; a loaded pipeline is refused."""
+    model = arguments.model_argument("model", model)
+    if not isinstance(model, str | Path):
+        raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
+    return str(model)
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    parsed = arguments.parse_dtype(dtype)
+    return None if parsed is None else arguments.dtype_name(parsed)
 
 
 def _compare(settings: CompareSettings, progress: Progress) -> dict[str, Any]:

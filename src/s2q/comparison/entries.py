@@ -19,6 +19,7 @@ from s2q.generation.defaults import calibrated_generation
 from s2q.generation.load import check_model
 from s2q.models import ModelSource, resolve_model
 from s2q.models.hub import parse_hub_id
+from s2q.models.lora import effect_of
 from s2q.recipes.load import FILE_SUFFIXES, load_recipe
 from s2q.recipes.methods import matching_recipes, recipe_names, unknown_recipe
 from s2q.recipes.schema import Recipe
@@ -117,7 +118,10 @@ def content_of(source: ModelSource) -> Any:
     model further has changed it, and reading all of it would take minutes.
     """
     if source.loras:
-        return {"model": content_of(replace(source, loras=())), "loras": [lora.to_dict() for lora in source.loras]}
+        return {
+            "model": content_of(replace(source, loras=())),
+            "loras": effect_of(lora.to_dict() for lora in source.loras),
+        }
     if source.hub is not None:
         return source.folder.name if source.variant is None else f"{source.folder.name} {source.variant}"
     manifest = source.folder / MANIFEST

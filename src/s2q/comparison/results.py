@@ -17,6 +17,7 @@ from s2q.evaluation.paired import compare_group
 from s2q.evaluation.scores import merge
 from s2q.evaluation.summary import summarise, versions
 from s2q.generation.defaults import checkpoint_record, frame_rate_of, quantization_report
+from s2q.generation.prompts import prompt_record
 from s2q.models import resolve_model
 
 
@@ -42,6 +43,7 @@ def build_result(
         "n_prompts": len(plan.prompts),
         "n_seeds": len(plan.seeds),
         "prompts": list(plan.prompts),
+        "inputs": list(map(prompt_record, plan.prompts)),
         "calibration": {
             "prompts": "the model's own" if plan.calibration_prompts is None else list(plan.calibration_prompts),
             "seed": plan.seed,

@@ -224,12 +224,19 @@ def _calibrated_generation(entries: Sequence[Entry]) -> dict[str, Any]:
     for label, generation in calibrated.items():
         if generation != first:
             logger.warning(
-                "%s was calibrated with other generation settings than %s (%s against %s): all are judged with the "
-                "model's; pass --steps and --guidance-scale for others",
-                *(label, next(iter(calibrated)), generation, first),
+                "%s was calibrated with other generation settings than %s (%s): all are judged with the model's; pass "
+                "--steps and --guidance-scale for others",
+                *(label, next(iter(calibrated)), _differing(generation, first)),
             )
             return {}
     return dict(first)
+
+
+def _differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """The settings that differ, with both values: "shift 8.0 against the model's"."""
+    pairs = {name: (settings.get(name), others.get(name)) for name in sorted({*settings, *others})}
+    shown = {name: ["the model's" if value is None else value for value in pair] for name, pair in pairs.items()}
+    return ", ".join(f"{name} {first} against {second}" for name, (first, second) in shown.items() if first != second)
 
 
 def _weights_at(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from s2q.generation.defaults import calibrated_generation, embedded_source, gene
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
 from s2q.generation.load import check_model, check_same_loras, load_pipeline, models_that_fit, refuse_load_options
-from s2q.generation.prompts import check_distinct, prompt_list
+from s2q.generation.prompts import check_distinct, prompt_list, prompt_record
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import ModelSource, resolve_model
@@ -103,53 +103,40 @@ def evaluate(
     video_done: VideoDone | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare a model with its full-precision reference.
+    """Compare a model with its full-precision reference; options that are not listed are as of `s2q.generate`.
 
     Args:
-        model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant` and `verify`
-            are for models that are loaded here; see `s2q.load`.
         prompts: Distinct prompts; None takes 64 held-out captions, for models made from an embedded one.
-        seeds: Every prompt is generated with every seed.
         metrics: Names out of `video_metrics.METRICS`, and of learned judges that have weights; empty means all.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
-        num_frames: None takes the model's own, as for all settings down to `max_sequence_length` (`s2q.generate`);
-            those that a checkpoint was calibrated with come first, for both sides.
-        batch_size: Videos per batch; None chooses by the number of video tokens.
-        variant: Variant of the weights, "fp16"; the reference must have it, and a judged model that has it is loaded
-            in it too.
+        num_frames: None takes the model's own, as for all settings down to `max_sequence_length`; those that a
+            checkpoint was calibrated with come first, for both sides.
+        variant: Variant of the weights, "fp16"; a judged model that has none of it is loaded without.
         loras: LoRA adapters to fuse into the reference, as `s2q.quantize` fused them into the model.
         trajectory_bytes: Memory of a worker for recorded trajectories; the rest goes to a temporary folder.
-        workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`; also
-            `devices`, `engine` and `ray_address`. Loaded pipelines are evaluated in this process.
+        workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`.
         video_done: Called with the label of a model and each of its videos as it is generated.
-        progress: Called after every denoising step with the stage, the steps done and the steps in all.
 
     Returns:
-        The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
-        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`; with a CLIP
-        model also `evalcrafter`.
+        The content of `eval.json`; see `summarise`.
 
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take, or a model that was
             not made from the reference; before anything is generated.
-        UsageError: `dtype`, `variant` or `verify` with two loaded pipelines, several workers with any.
+        UsageError: An option of loading or several workers with loaded pipelines.
         S2QError: A model produced NaN or infinite values.
     """
+    requested = (
+        requested_settings(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
+        | requested_settings(guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2)
+        | requested_settings(scheduler=scheduler, shift=shift)
+        | requested_settings(negative_prompt=negative_prompt, max_sequence_length=max_sequence_length)
+    )
+    where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = EvaluationSettings(
         metrics=arguments.name_list("metrics", metrics),
-        requested=requested_settings(
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            scheduler=scheduler,
-            shift=shift,
-            negative_prompt=negative_prompt,
-            max_sequence_length=max_sequence_length,
-        ),
+        requested=requested,
         batch_size=optional(arguments.whole_number, "batch_size", batch_size, least=1),
         dtype=arguments.parse_dtype(dtype),
         variant=optional(arguments.word, "variant", variant),
@@ -158,9 +145,8 @@ def evaluate(
         lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
         clip=optional(arguments.path_argument, "clip", clip),
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
+        device=where.device,
     )
-    where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
-    settings = replace(settings, device=where.device)
     seeds, texts = arguments.seed_numbers(seeds), optional(prompt_list, "prompts", prompts)
     result = _evaluate(model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress)
     return summarise(result)
@@ -320,7 +306,8 @@ def judge_model(
     check_comparable(architecture_of(pipe, label=model_label(model)), run.architecture)
     generation = settings_for(pipe, run.generation.to_dict(), defaults={})
     jobs = [(video.prompt, video.seed) for video in run.videos]
-    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)), generation)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
+    check_prompts(pipe, prompts, generation)
     tick = _counter("quantized", len(jobs), run.batch_size, generation, progress)
     replay: Tick | None = None
     scores: list[VideoScores] = []
@@ -340,6 +327,7 @@ def judge_model(
     return EvaluationResult(
         model=model_label(model),
         reference=run.architecture.label,
+        inputs=tuple(map(prompt_record, prompts)),
         videos=tuple(scores),
         floor=run.floor,
         settings=run.generation,

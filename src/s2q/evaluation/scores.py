@@ -26,6 +26,7 @@ class EvaluationResult:
     """Scores of a model on some prompts, before averaging.
 
     Attributes:
+        inputs: Each prompt with what belongs to it, by `generation.prompts.prompt_record`.
         floor: Each full-precision video against the one of the same prompt with the seed before: what another seed
             alone changes. Empty with a single seed a prompt.
         timesteps: Timestep of every recorded step; empty without velocity error.
@@ -33,6 +34,7 @@ class EvaluationResult:
 
     model: str
     reference: str
+    inputs: tuple[Any, ...]
     videos: tuple[VideoScores, ...]
     floor: tuple[VideoScores, ...]
     settings: GenerationSettings
@@ -59,6 +61,7 @@ def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
         assert (part.settings, part.dtype) == (first.settings, first.dtype)
     return replace(
         first,
+        inputs=tuple(prompt for part in parts for prompt in part.inputs),
         videos=tuple(video for part in parts for video in part.videos),
         floor=tuple(pair for part in parts for pair in part.floor),
         timesteps=next((part.timesteps for part in parts if part.timesteps), ()),

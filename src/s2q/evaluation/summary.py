@@ -21,7 +21,13 @@ _CHANGE = "adherence_all_change"
 
 
 def summarise(measured: EvaluationResult) -> dict[str, Any]:
-    """Build the content of `eval.json`, JSON-ready, without NaN or infinity."""
+    """Build the content of `eval.json`, JSON-ready, without NaN or infinity.
+
+    Returns:
+        `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `inputs` (the prompts, with the hash of an image
+        and the negative prompt where they have them), `metrics`, `videos`, `velocity` (by step), `noise_floor` (full
+        precision with another seed), `settings` and `versions`; with a CLIP model also `evalcrafter`.
+    """
     judged = measured.videos
     prompts = list(dict.fromkeys(video.prompt for video in judged))
     seeds = list(dict.fromkeys(video.seed for video in judged))
@@ -35,6 +41,7 @@ def summarise(measured: EvaluationResult) -> dict[str, Any]:
         "reference": measured.reference,
         "n_prompts": len(prompts),
         "n_seeds": len(seeds),
+        "inputs": list(measured.inputs),
         "metrics": means,
         "velocity": _velocity_by_step(judged, measured.timesteps),
         "noise_floor": _noise_floor(measured.floor),

@@ -1,5 +1,6 @@
 """The metrics of one video against the full-precision video of the same prompt and seed, and their names."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from s2q.evaluation.judges.learned import LPIPS, Judges, measure_both
 from s2q.evaluation.judges.speed import SPEED, speed_ratio
 from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
+from s2q.shapes.detector import detect_scene
 
 VELOCITY = "velocity_relative_error"
 BLACK = "black_frames"
@@ -57,14 +59,15 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     """
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
     values = _distances(video, base, names=names)
+    detect = functools.cache(detect_scene)  # once per video: the hash of a tensor is its identity
     if SPEED in names:
-        values[SPEED] = speed_ratio(video.prompt, video.frames, base.frames)
+        values[SPEED] = speed_ratio(video.prompt, video.frames, base.frames, detect=detect)
     if FIRST_FRAME in names:
         values |= measure_both(lambda _, frames: _first_frame(frames, base.image), video, base, names=names)
     if BLACK in names:
         values |= measure_both(lambda _, frames: {BLACK: metrics.black_frames(frames)}, video, base, names=names)
     if any(name in ADHERENCE for name in names):
-        values |= measure_both(adherence, video, base, names=names)
+        values |= measure_both(functools.partial(adherence, detect=detect), video, base, names=names)
     return values
 
 

@@ -99,14 +99,8 @@ def generate(
             `verify` and the backends are for models that are loaded here; see `s2q.load`.
         prompts: Texts, or mappings with `prompt` and some of `image`, `negative_prompt` and `seed`.
         seeds: Every prompt is generated with every seed; one that has a seed of its own, with that alone.
-        num_frames: None takes the model's own, as for all settings down to `max_sequence_length`; a calibrated
-            checkpoint's are those that its recipe sets.
-        guidance_scale: Weight of classifier-free guidance; at most 1 runs without.
-        guidance_scale_2: Weight in the steps of a second transformer; None takes `guidance_scale`.
-        scheduler: Class name of a scheduler of diffusers, with the configuration of the model's.
-        shift: Shift of its sigmas.
-        negative_prompt: Text of the unconditional branch.
-        max_sequence_length: Tokens of a prompt that the transformer reads.
+        num_frames: None takes the model's own, as for all settings down to `max_sequence_length`, which
+            `GenerationSettings` documents; a calibrated checkpoint's are those that its recipe sets.
         loras: LoRA adapters to fuse into a full-precision model, "[transformer_2=]FILE.safetensors[:SCALE]".
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
         workers: Number of workers, which load the model each and take batches in turn, in one thread on a CPU; "auto"
@@ -123,19 +117,12 @@ def generate(
             pipeline needs more than prompts and images.
         S2QError: The model produced NaN or infinite latents.
     """
-    model, seeds = model_argument("model", model), seed_numbers(seeds)
-    prompts = prompt_list("prompts", prompts)
-    requested = requested_settings(
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        guidance_scale_2=guidance_scale_2,
-        scheduler=scheduler,
-        shift=shift,
-        negative_prompt=negative_prompt,
-        max_sequence_length=max_sequence_length,
+    model, requests, seeds = model_argument("model", model), prompt_list("prompts", prompts), seed_numbers(seeds)
+    requested = (
+        requested_settings(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps)
+        | requested_settings(guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2)
+        | requested_settings(scheduler=scheduler, shift=shift)
+        | requested_settings(negative_prompt=negative_prompt, max_sequence_length=max_sequence_length)
     )
     batch_size = optional(whole_number, "batch_size", batch_size, least=1)
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
@@ -143,21 +130,36 @@ def generate(
     if isinstance(model, str | Path | ModelSource):
         source = resolve_model(model, variant=optional(word, "variant", variant))
         source = with_loras(source, path_list("loras", loras))
-        return _generate_named(work, source, prompts, seeds, requested, batch_size, where, progress)
+        return _generate_named(work, source, requests, seeds, requested, batch_size, where, progress)
     refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
     if backend != "auto" or attention_backend is not None or loras:
         raise UsageError("generate: backends and loras are for models by name or folder; see s2q.load")
     where.check_alone("generate")
-    resolved, batches = _batches(model, generation_defaults(model), prompts, seeds, requested, batch_size)
-    engine_here = InProcessEngine(where.device)
-    engine_here.offer(_PIPE, model)
-    return _generate(engine_here, replace(work, settings=resolved), batches, progress)
+    return _generate_loaded(work, model, requests, seeds, requested, batch_size, where, progress)
+
+
+def _generate_loaded(
+    work: _BatchWork,
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    requested: Mapping[str, Any],
+    batch_size: int | None,
+    where: Workers,
+    progress: Progress | None,
+) -> list[Video]:
+    """Generate with a loaded pipeline, in this process."""
+    resolved = settings_for(pipe, requested, defaults=generation_defaults(pipe))
+    batches = _batches(pipe, prompts, seeds, resolved, batch_size)
+    engine = InProcessEngine(where.device)
+    engine.offer(_PIPE, pipe)
+    return _generate(engine, replace(work, settings=resolved), batches, progress)
 
 
 def _generate_named(
     work: _BatchWork,
     source: ModelSource,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     requested: Mapping[str, Any],
     batch_size: int | None,
@@ -166,11 +168,11 @@ def _generate_named(
 ) -> list[Video]:
     """Generate with a model by name; its batches are the same for any number of workers."""
     most = 1 if where.is_cpu else None
-    wanted = where.count or where.planned(len(prompts) * len(seeds), most=most)
+    wanted = where.count or where.planned(len(_jobs(prompts, seeds)), most=most)
     alone = where.engine == "processes" and wanted == 1
     pipe = work.load(source, where.device) if alone else pipeline_to_ask(source)
-    defaults = generation_defaults(source)
-    resolved, batches = _batches(pipe, defaults, prompts, seeds, requested, batch_size)
+    resolved = settings_for(pipe, requested, defaults=generation_defaults(source))
+    batches = _batches(pipe, prompts, seeds, resolved, batch_size)
     count = 1 if alone else where.planned(len(batches), most=most)
     threads = nullcontext() if where.count is None else fixed_threads(where.device)
     with threads, closing(where.open(count, modules=(__name__,))) as engine:
@@ -214,21 +216,16 @@ class _BatchWork:
         )
 
 
+def _jobs(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Return prompt and seed of every video: each prompt with each seed, or with its own alone."""
+    return [(prompt, seed) for prompt in prompts for seed in (seeds if prompt.seed is None else [prompt.seed])]
+
+
 def _batches(
-    pipe: Any,
-    defaults: Mapping[str, Any],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    requested: Mapping[str, Any],
-    batch_size: int | None,
-) -> tuple[GenerationSettings, list[_Batch]]:
-    resolved = settings_for(pipe, requested, defaults=defaults)
-    check_prompts(pipe, prompts, resolved)
-    requests = [(Prompt.of(prompt), seeds) for prompt in prompts]
-    jobs = [
-        (prompt, seed) for prompt, numbers in requests for seed in (numbers if prompt.seed is None else [prompt.seed])
-    ]
-    return resolved, list(batched(jobs, batch_size_for(pipe, resolved, asked=batch_size)))
+    pipe: Any, prompts: Sequence[Prompt], seeds: Sequence[int], settings: GenerationSettings, batch_size: int | None
+) -> list[_Batch]:
+    check_prompts(pipe, prompts, settings)
+    return list(batched(_jobs(prompts, seeds), batch_size_for(pipe, settings, asked=batch_size)))
 
 
 def _generate(engine: Engine, work: _BatchWork, batches: Sequence[_Batch], progress: Progress | None) -> list[Video]:

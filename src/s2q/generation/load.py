@@ -17,6 +17,7 @@ from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.loading_errors import LESS_MEMORY
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
+from s2q.models.lora import effect_of
 from s2q.nn import set_backend
 from s2q.nn.runtime import check_backend
 from s2q.ops.dispatch import FP4
@@ -117,17 +118,12 @@ def check_same_loras(model: ModelSource, reference: ModelSource) -> None:
     if not _is_ours(model):
         return
     fused, expected = checkpoint.fused_loras(model.complete_folder()), [lora.to_dict() for lora in reference.loras]
-    if _effect(fused) != _effect(expected):
+    if effect_of(fused) != effect_of(expected):
         described = [" and ".join(_described(lora) for lora in loras) or "none" for loras in (fused, expected)]
         raise InvalidInputError(
             f"{model.given}: was quantized with LoRA {described[0]}, the reference {reference.given} is loaded with "
             f"{described[1]}; pass the same with --lora"
         )
-
-
-def _effect(loras: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """Effect of adapters, whatever the names of their files and their order."""
-    return sorted((lora["component"], lora["sha256"], lora["scale"]) for lora in loras)
 
 
 def _described(lora: Mapping[str, Any]) -> str:

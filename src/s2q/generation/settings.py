@@ -114,16 +114,16 @@ def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> G
 
 def requested_settings(
     *,
-    num_frames: int | None,
-    height: int | None,
-    width: int | None,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    guidance_scale_2: float | None,
-    scheduler: str | None,
-    shift: float | None,
-    negative_prompt: str | None,
-    max_sequence_length: int | None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    scheduler: str | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
 ) -> dict[str, Any]:
     """Return the settings that are not None, by name; whether a model can take them is not checked."""
     return _checked(

@@ -55,8 +55,16 @@ class Lora:
         return self.path.parent.name if self.path.name == _DEFAULT_FILE else self.path.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what identifies it, whatever folder it is in."""
+        """Return its record in reports and manifests; `effect_of` identifies it by this."""
         return {"file": self.path.name, "sha256": self.sha256, "scale": self.scale, "component": self.component}
+
+
+def effect_of(loras: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """Return what identifies adapters together, by their records: component, SHA-256 and scale of each, sorted.
+
+    Neither the names of files nor the order of adapters count; `fuse_loras` adds them in this order.
+    """
+    return sorted([lora["component"], lora["sha256"], lora["scale"]] for lora in loras)
 
 
 def parse_lora(text: str) -> Lora:
@@ -109,12 +117,14 @@ def with_loras(source: ModelSource, loras: Sequence[str]) -> ModelSource:
 
 
 def fuse_loras(pipe: DiffusionPipeline, loras: Iterable[Lora]) -> None:
-    """Add adapters to the weights of a pipeline's transformers, in the dtype of the weights, one after the other.
+    """Add adapters to the weights of a pipeline's transformers, in the dtype of the weights, in an order of their own.
+
+    So the order in which they are given changes no bit.
 
     Raises:
         InvalidInputError: If a file is not what it was when it was checked, or diffusers cannot fuse it.
     """
-    for index, lora in enumerate(loras):
+    for index, lora in enumerate(sorted(loras, key=lambda lora: effect_of([lora.to_dict()]))):
         name = f"lora_{index}"
         second = {"load_into_transformer_2": True} if lora.component != TRANSFORMERS[0] else {}
         if not lora.path.is_file() or sha256_file(lora.path) != lora.sha256:

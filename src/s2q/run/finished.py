@@ -13,6 +13,7 @@ from s2q.common.run_folder import open_run_folder, read_events
 from s2q.common.versions import package_versions
 from s2q.generation.prompts import prompt_record
 from s2q.models import ModelSource
+from s2q.models.lora import effect_of
 from s2q.recipes.schema import Recipe
 from s2q.run.report import QuantizationReport
 
@@ -29,7 +30,7 @@ def run_inputs(
         files = {path: path.stat() for path in sorted(model.folder.rglob("*")) if path.is_file()}
         described = {
             "model": [model.name, model.kind, str(model.folder.resolve())],
-            "loras": [lora.to_dict() for lora in model.loras],
+            "loras": effect_of(lora.to_dict() for lora in model.loras),
             "model files": {
                 path.relative_to(model.folder).as_posix(): f"{stat.st_size} bytes of time {stat.st_mtime_ns}"
                 for path, stat in files.items()

@@ -9,6 +9,7 @@ Legend of shapes: ``F`` frames, ``H`` height, ``W`` width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,33 +35,45 @@ class _Object:
     frame: Tensor
 
 
-def detect(frames: Tensor) -> SceneLabels:
-    """Name what a video shows, ``[F, 3, H, W]`` floating point in ``[0, 1]`` or ``[F, H, W, 3]`` uint8.
+@dataclass(frozen=True, kw_only=True)
+class DetectedScene:
+    """Labels of a video and the motion of its object.
 
-    Shape, colour and motion are ``None`` where no object is seen in at least half of the frames.
+    Attributes:
+        travel: How far the object travels from the first to the last frame, in pixels to the right and down; None, as
+            shape, colour and motion of the labels, where no object is seen in at least half of the frames.
     """
+
+    labels: SceneLabels
+    travel: tuple[float, float] | None
+
+
+DetectScene = Callable[[Tensor], DetectedScene]
+"""`detect_scene`, or what remembers its answers."""
+
+
+def detect_scene(frames: Tensor) -> DetectedScene:
+    """Name and measure what a video shows, ``[F, 3, H, W]`` floating point in ``[0, 1]`` or ``[F, H, W, 3]`` uint8."""
     video = _as_float(frames)
     background = _background(video)
     name = _nearest(background, BACKGROUNDS)
     seen = _object(video, background)
     if seen is None:
-        return SceneLabels(shape=None, colour=None, motion=None, background=name)
-    return SceneLabels(
+        labels = SceneLabels(shape=None, colour=None, motion=None, background=name)
+        return DetectedScene(labels=labels, travel=None)
+    travel = _travel(seen, length=len(video))
+    labels = SceneLabels(
         shape=_shape(seen.coverage),
         colour=_nearest(seen.colour, COLOURS),
-        motion=_direction(_travel(seen, length=len(video)), side=max(video.shape[-2:])),
+        motion=_direction(travel, side=max(video.shape[-2:])),
         background=name,
     )
+    return DetectedScene(labels=labels, travel=travel)
 
 
-def travel(frames: Tensor) -> tuple[float, float] | None:
-    """Return how far the object of a video travels from the first to the last frame, in pixels to the right and down.
-
-    Takes what `detect` takes; ``None`` where that sees no object.
-    """
-    video = _as_float(frames)
-    seen = _object(video, _background(video))
-    return None if seen is None else _travel(seen, length=len(video))
+def detect(frames: Tensor) -> SceneLabels:
+    """Name what a video shows; see `detect_scene`."""
+    return detect_scene(frames).labels
 
 
 def is_still(distance: tuple[float, float], *, side: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from s2q.shapes.detector import detect
+from s2q.shapes.detector import DetectScene, detect_scene
 from s2q.shapes.scenes import parse_caption
 
 FIELDS: Mapping[str, str] = {
@@ -22,7 +22,7 @@ FIELDS: Mapping[str, str] = {
 ADHERENCE = (*FIELDS, "adherence_all")
 
 
-def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
+def adherence(prompt: str, frames: torch.Tensor, *, detect: DetectScene = detect_scene) -> dict[str, float | None]:
     """Compare what a video shows (`[F, H, W, 3]`, uint8) with what its caption says.
 
     Returns:
@@ -32,7 +32,7 @@ def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
     wanted = parse_caption(prompt)
     if wanted is None:
         return dict.fromkeys(ADHERENCE)
-    detected = detect(frames)
+    detected = detect(frames).labels
     scores: dict[str, float | None] = {}
     for name, field in FIELDS.items():
         label = getattr(wanted, field)

@@ -2,13 +2,15 @@
 
 import torch
 
-from s2q.shapes.detector import is_still, travel
+from s2q.shapes.detector import DetectScene, detect_scene, is_still
 from s2q.shapes.scenes import parse_caption
 
 SPEED = "speed_ratio"
 
 
-def speed_ratio(prompt: str, frames: torch.Tensor, reference: torch.Tensor) -> float | None:
+def speed_ratio(
+    prompt: str, frames: torch.Tensor, reference: torch.Tensor, *, detect: DetectScene = detect_scene
+) -> float | None:
     """Return how far the object travels along the reference's direction, divided by how far that travels.
 
     Args:
@@ -22,7 +24,7 @@ def speed_ratio(prompt: str, frames: torch.Tensor, reference: torch.Tensor) -> f
     """
     if parse_caption(prompt) is None:
         return None
-    distance, base = travel(frames), travel(reference)
+    distance, base = detect(frames).travel, detect(reference).travel
     if distance is None or base is None or is_still(base, side=max(reference.shape[1:3])):
         return None
     return (distance[0] * base[0] + distance[1] * base[1]) / (base[0] ** 2 + base[1] ** 2)
