@@ -1,5 +1,7 @@
-"""The files of examples/: their commands are understood by the command line, with options of a Ray cluster."""
+"""The files of examples/: scripts run on tiny models; commands have options that the command line understands."""
 
+import importlib.util
+import json
 import os
 import shlex
 import subprocess
@@ -8,11 +10,14 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from safetensors import safe_open
 
+import s2q
 from s2q.cli.app import app
 from s2q.engines import ray_cluster
 from s2q.engines.options import workers_argument
 from s2q.recipes.load import recipe_names
+from tiny import tiny_pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STUBS = {
@@ -104,3 +109,73 @@ def test_the_job_of_kuberay_quantizes_with_a_worker_for_each_gpu_of_its_cluster(
     params = parsed(words)
     check(params, address="auto", workers=gpus)
     assert all(str(params[name]).startswith("/models/") for name in ("model", "out", "prompts"))
+
+
+FEW = {"num_prompts": 1, "seeds": [0], "num_inference_steps": 2, "metrics": ["velocity"], "workers": 1}
+
+
+def example(name):
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_script_is_run_here_and_listed():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == {"own_prompts", "offload_and_lora", "own_recipe", "other_tool", "comfyui"}
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    assert all(f"examples/{name}.py" in page for name in scripts)
+
+
+def test_own_prompts_calibrate(embedded_tiny, tmp_path, capsys):
+    script = example("own_prompts")
+    scores = script.main(embedded_tiny, tmp_path / "out", recipe="s2q-w4a6", samples=2, steps=2)
+    assert scores["n_prompts"] == len(script.EVALUATION)
+    selection = json.loads((tmp_path / "out" / "s2q" / "selection.json").read_text())
+    assert set(selection["prompts"]) <= set(script.CALIBRATION)
+    assert "velocity_relative_error: " in capsys.readouterr().out
+
+
+def test_offloading_and_a_lora(checkpoint_and_lora, tmp_path):
+    checkpoint, lora = checkpoint_and_lora
+    script, size = example("offload_and_lora"), {"num_inference_steps": 2, "max_sequence_length": 96}
+    adapted = script.main(checkpoint, lora, str(tmp_path / "video.mp4"), **size)
+    plain = script.main(checkpoint, out=str(tmp_path / "plain.mp4"), **size)
+    assert len(adapted) == len(plain) == 9
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(adapted, plain, strict=True))
+    assert (tmp_path / "video.mp4").stat().st_size > 0
+
+
+@pytest.fixture
+def checkpoint_and_lora(tiny_model, tmp_path):
+    pytest.importorskip("peft")
+    from loras import save_lora
+
+    s2q.quantize(tiny_model, recipe="rtn-w4a8", out=tmp_path / "checkpoint")
+    lora = save_lora(s2q.load(tiny_model), tmp_path / "lora")
+    return tmp_path / "checkpoint", lora
+
+
+def test_an_own_recipe_is_compared_with_the_one_that_it_extends(embedded_tiny, tmp_path, no_encoding):
+    script = example("own_recipe")
+    compared = script.main(embedded_tiny, tmp_path / "out", overrides=["distillation.epochs=1"], samples=2, **FEW)
+    assert [entry["error"] for entry in compared["entries"]] == [None, None]
+    assert (tmp_path / "out" / "index.html").is_file()
+    recipe = s2q.plan(embedded_tiny, recipe=script.RECIPE)
+    assert {layer.scheme for layer in recipe.layers if layer.name.startswith("transformer_blocks.0.")} == {"fp32"}
+
+
+def test_a_checkpoint_of_another_tool_is_compared(embedded_tiny, tmp_path, no_encoding):
+    compared = example("other_tool").main(embedded_tiny, None, tmp_path / "out", recipe="convrot-w4a8", **FEW)
+    errors = [entry["metrics"]["velocity_relative_error"]["mean"] for entry in compared["entries"]]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)  # the same codes, once converted there and back
+
+
+def test_a_file_for_comfyui(tmp_path):
+    tiny_pipeline("wan").save_pretrained(tmp_path / "wan")
+    report = example("comfyui").main(tmp_path / "wan", tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert "blocks.0.self_attn.q.comfy_quant" in file.keys()  # noqa: SIM118
+    assert report.linears["asym_w4a8_int8"] > 0
