@@ -82,7 +82,8 @@ def test_what_is_shown_is_named_for_those_who_cannot_see_it():
             assert attributes.get("aria-label") or attributes.get("aria-hidden") or attributes.get("id") == "play-all"
     assert all(image["alt"] for image in page.all("img"))
     assert [slider["aria-label"] for slider in page.all("input") if slider["type"] == "range"] == [
-        'Frame of a "red" <circle>'
+        'Wipe position of a "red" <circle>',
+        'Frame of a "red" <circle>',
     ]
     assert {cell.get("scope") for cell in page.all("th")} == {"col", "row"}
 
@@ -107,6 +108,18 @@ def test_numbers_definitions_and_escaped_names_are_there():
         assert expected in text, expected
 
 
+def test_the_run_is_shown_with_its_selection_losses_and_stages():
+    candidate = {"prompt": 0, "step": 0, "diffusion_salience": 1.0, "quantization_salience": 1.0, "salience": 1.0}
+    selection = {"selection": "sds", "prompts": ["a"], "candidates": [candidate | {"selected": True}], "samples": 1}
+    stages = [{"Stage": "collect", "Planned peak memory": "5 MB", "Measured time": "3 s"}]
+    blocks = [{"name": "blocks.0", "loss": {"rtn": 0.5, "final": 0.1}}]
+    page = Outline(render_page(content(selection=selection, blocks=blocks, stages=stages)))
+    text = " ".join(" ".join(page.text).split())
+    for expected in ("Selected samples", "Loss by block", "as packed", "Planned and measured", "collect", "5 MB"):
+        assert expected in text, expected
+    assert len([svg for svg in page.all("svg") if svg.get("class") == "chart"]) == 4
+
+
 def test_sections_without_content_are_left_out():
     bare = content(
         evaluation=evaluation(velocity=None, noise_floor=None, n_prompts=4, metrics={"ssim": metric(0.9)}),
@@ -117,7 +130,17 @@ def test_sections_without_content_are_left_out():
         seconds={},
     )
     text = " ".join(Outline(render_page(bare)).text)
-    for absent in ("Storage", "Recipe", "Layers", "Velocity", "Prompt adherence", "None"):
+    for absent in (
+        "Storage",
+        "Recipe",
+        "Layers",
+        "Velocity",
+        "Prompt adherence",
+        "None",
+        "Selected",
+        "Loss",
+        "Planned",
+    ):
         assert absent not in text
     assert "too few prompts for intervals" in text
 

@@ -11,6 +11,7 @@ import webbrowser
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from s2q.cli import console, options, output
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text, slug
+from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json, slug
 from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.common.progress import Progress
 from s2q.common.records import DEMO_VERSION
@@ -36,7 +37,6 @@ _CHECKPOINT = "checkpoint"
 _WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
 _SHOWN_PROMPTS = 4
 _SEED = 0
-_LOSSES = {"rtn": "rounding to nearest", "initial": "before training", "final": "as packed"}
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
 _SHORT_CALIBRATION = ("calibration.n_prompts=2", "calibration.samples=8")
 _LEARNING = ("distillation", "refinement")
@@ -100,10 +100,13 @@ def _make(
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
     from s2q.evaluation.evaluate import evaluate
+    from s2q.planning.plan import plan
     from s2q.run.quantize import quantize
     from s2q.shapes.embedded import embedded_prompts
 
     started, seconds = time.monotonic(), dict[str, float]()
+    with _timed(seconds, "plan"):
+        planned = plan(model, recipe=recipe)
     with _timed(seconds, "quantize"):
         report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress)
     videos: dict[str, dict[str, Video]] = {}
@@ -125,7 +128,13 @@ def _make(
     evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
     with _timed(seconds, "write"):
         pairs = _pairs(videos, model)
-        content = _page(report.to_dict(), recipe, overrides, evaluation, pairs, out=out, seconds=seconds)
+        quantized = report.to_dict()
+        content = replace(
+            _page(quantized, recipe, overrides, evaluation, pairs, out=out, seconds=seconds),
+            blocks=quantized["blocks"],
+            selection=_selection(staged / _CHECKPOINT),
+            stages=_stages(planned.stages, quantized["stages"]),
+        )
         _write(staged, content, pairs)
     record = {
         "schema_version": DEMO_VERSION,
@@ -177,6 +186,7 @@ def _page(
     seconds: Mapping[str, float],
 ) -> Any:
     from s2q.report.page import PageContent
+    from s2q.report.run_charts import LOSSES
 
     checkpoint = shlex.quote(str(out / _CHECKPOINT))
     model = report["source"]
@@ -188,7 +198,7 @@ def _page(
             "block": block["name"],
             "linears": len(block["layers"]),
             "relative weight error": block["weight_relative_error"],
-            **{f"loss, {_LOSSES[name]}": block["loss"][name] for name in _LOSSES if name in block["loss"]},
+            **{f"loss, {title}": block["loss"][name] for name, title in LOSSES.items() if name in block["loss"]},
             "seconds": block["seconds"],
         }
         for block in report["blocks"]
@@ -207,6 +217,26 @@ def _page(
         ),
         seconds=dict(seconds),
     )
+
+
+def _selection(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the record of the selection; None of a recipe that does not calibrate."""
+    path = checkpoint / "s2q" / "selection.json"
+    return read_json(path, remedy="run the demo again") if path.is_file() else None
+
+
+def _stages(planned: Sequence[Any], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the stages of the run, each with its planned and measured peak memory and its time."""
+    memory = {stage.name: stage.peak_memory_bytes for stage in planned}
+    return [
+        {
+            "Stage": stage["name"],
+            "Planned peak memory": format_bytes(memory[stage["name"]]) if memory.get(stage["name"]) else "–",
+            "Measured peak memory": format_bytes(stage["peak_memory_bytes"]),
+            "Measured time": console.format_seconds(stage["seconds"]),
+        }
+        for stage in measured
+    ]
 
 
 def _bits(report: Mapping[str, Any]) -> str:

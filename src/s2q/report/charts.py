@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-_WIDTH, _HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 48
+from s2q.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, decade, label_text, svg
+
 _ROW = 40
 _LINE = 26
 
@@ -24,13 +24,13 @@ def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
     high = max(high, low + 1)
 
     def x(index: int) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (index / max(1, len(steps) - 1))
+        return LEFT + (WIDTH - LEFT - RIGHT) * (index / max(1, len(steps) - 1))
 
     def y(value: float | None) -> float:
         exponent = math.log10(max(value or 0.0, 10.0**low))
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - exponent) / (high - low)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - exponent) / (high - low)
 
-    parts = [_decade(exponent, y(10.0**exponent)) for exponent in range(low, high + 1)]
+    parts = [decade(exponent, y(10.0**exponent)) for exponent in range(low, high + 1)]
     if all(step["low"] is not None for step in steps):
         upper = [f"{x(i):.1f},{y(step['high']):.1f}" for i, step in enumerate(steps)]
         lower = [f"{x(i):.1f},{y(step['low']):.1f}" for i, step in enumerate(steps)]
@@ -44,10 +44,10 @@ def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
             f'<circle class="dot" cx="{x(i):.1f}" cy="{y(step["mean"]):.1f}" r="3"><title>{tip}</title></circle>'
         )
         if i % stride == 0 and (len(steps) - 1 - i >= stride or i == 0) or i == len(steps) - 1:
-            parts.append(_text(x(i), _HEIGHT - _BOTTOM + 18, str(i + 1)))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "denoising step, from noise to video"))
+            parts.append(label_text(x(i), HEIGHT - BOTTOM + 18, str(i + 1)))
+    parts.append(label_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "denoising step, from noise to video"))
     label = f"Relative velocity error per denoising step, from {steps[0]['mean']:.2e} to {steps[-1]['mean']:.2e}"
-    return _svg(label, _HEIGHT, parts)
+    return svg(label, HEIGHT, parts)
 
 
 def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> Markup:
@@ -57,19 +57,19 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
     """
     if not rows:
         return Markup("")
-    left, height = 120, _TOP + _ROW * len(rows) + 26
-    span = _WIDTH - left - _RIGHT - 8
+    left, height = 120, TOP + _ROW * len(rows) + 26
+    span = WIDTH - left - RIGHT - 8
 
     def x(value: float) -> float:
         return left + span * value
 
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP - 6}" y2="{height - 24}"/>')
-        parts.append(_text(x(tick), height - 8, f"{tick * 100:g} %"))
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP - 6}" y2="{height - 24}"/>')
+        parts.append(label_text(x(tick), height - 8, f"{tick * 100:g} %"))
     for index, (label, ours, theirs) in enumerate(rows):
-        middle = _TOP + _ROW * index + _ROW / 2 - 4
-        parts.append(_text(left - 12, middle + 4, label, "end"))
+        middle = TOP + _ROW * index + _ROW / 2 - 4
+        parts.append(label_text(left - 12, middle + 4, label, "end"))
         for entry, y, kind, who in (
             (theirs, middle - 7, "reference", "full precision"),
             (ours, middle + 7, "student", "quantized"),
@@ -77,7 +77,7 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
             if entry["mean"] is not None:
                 values = [f"{100 * value:.1f}" for value in _ends(entry)]
                 parts += _mark(entry, x, y, kind, f"{label}, {who}: {_interval(values, unit=' %')}")
-    return _svg("Prompt adherence of full precision and of the quantized model", height, parts)
+    return svg("Prompt adherence of full precision and of the quantized model", height, parts)
 
 
 def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]]]]) -> Markup:
@@ -91,31 +91,31 @@ def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any
     low, high = math.log10(min(positive)), math.log10(max(positive))
     low, high = low - 0.04 * (high - low) - 0.05, high + 0.04 * (high - low) + 0.05
     left = min(280, 30 + 9.2 * max(len(label) for _, rows in groups for label, _ in rows))
-    height = _TOP + sum(_LINE * (len(rows) + 1) for _, rows in groups) + 50
+    height = TOP + sum(_LINE * (len(rows) + 1) for _, rows in groups) + 50
 
     def x(value: float) -> float:
-        return left + (_WIDTH - left - _RIGHT - 60) * (math.log10(max(value, 10.0**low)) - low) / (high - low)
+        return left + (WIDTH - left - RIGHT - 60) * (math.log10(max(value, 10.0**low)) - low) / (high - low)
 
     parts = []
     for tick in _log_ticks(low, high):
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{height - 44:g}"/>')
-        parts.append(_text(x(tick), height - 26, f"{tick:g}"))
-    parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 6, "relative velocity error; lower is better"))
-    y = float(_TOP)
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{height - 44:g}"/>')
+        parts.append(label_text(x(tick), height - 26, f"{tick:g}"))
+    parts.append(label_text((left + WIDTH - RIGHT) / 2, height - 6, "relative velocity error; lower is better"))
+    y = float(TOP)
     for heading, rows in groups:
         parts.append(f'<text class="heading" x="0" y="{y + 17:.1f}">{escape(heading)}</text>')
         for label, entry in rows:
             y += _LINE
             parts += _error_row(label, entry, x, y + _LINE / 2 - 1, left)
         y += _LINE
-    return _svg("Relative velocity error of each model, with 95 % intervals", height, parts)
+    return svg("Relative velocity error of each model, with 95 % intervals", height, parts)
 
 
 def _error_row(label: str, entry: Mapping[str, Any], x: Any, y: float, left: float) -> list[str]:
     values = _ends(entry)
     mark = _mark(entry, x, y, "student", f"{label}: {_interval([f'{value:.3g}' for value in values])}")
     value = f'<text class="value" x="{x(values[-1]) + 10:.1f}" y="{y + 5:.1f}">{entry["mean"]:.2g}</text>'
-    return [_text(left - 12, y + 5, label, "end"), *mark, value]
+    return [label_text(left - 12, y + 5, label, "end"), *mark, value]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -150,23 +150,3 @@ def _mark(entry: Mapping[str, Any], x: Any, y: float, kind: str, tip: str) -> li
     if not ends:
         return [dot]
     return [f'<line class="whisker {kind}" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>', dot]
-
-
-def _decade(exponent: int, y: float) -> str:
-    shown = str(exponent).replace("-", "−")
-    return (
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">'
-        f'10<tspan dy="-5" font-size="11">{shown}</tspan></text>'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(label: str, height: float, parts: Sequence[str]) -> Markup:
-    body = "".join(parts)
-    return Markup(  # every piece of text in the parts is escaped where it is made
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )

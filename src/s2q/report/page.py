@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from s2q.common.errors import InvalidInputError
-from s2q.report import charts, formatting
+from s2q.report import charts, formatting, run_charts
 from s2q.report.video import (
     DIFFERENCE_GAIN,
     DISPLAY_PIXELS,
@@ -48,6 +48,9 @@ class PageContent:
         pairs: Videos to show side by side; at least one.
         evaluation: The content of `eval.json`.
         storage: `full_precision_bytes`, `quantized_bytes` and `ratio` of the transformer.
+        blocks: `blocks` of `report.json`.
+        selection: The content of `selection.json`; None for recipes that do not calibrate.
+        stages: Stages of the run with planned and measured figures: rows with equal keys.
         tables: Further tables by heading: rows with equal keys.
         commands: Commands that give this result.
         seconds: How long each stage took, by name.
@@ -58,6 +61,9 @@ class PageContent:
     evaluation: Mapping[str, Any]
     storage: Mapping[str, Any] | None = None
     recipe: Mapping[str, Any] | None = None
+    blocks: Sequence[Mapping[str, Any]] = ()
+    selection: Mapping[str, Any] | None = None
+    stages: Sequence[Mapping[str, Any]] = ()
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     commands: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -102,6 +108,9 @@ def render_page(content: PageContent) -> str:
                 if f"adherence_{name}" in scores
             ]
         ),
+        selection_chart=run_charts.selection_chart(content.selection) if content.selection else "",
+        loss_chart=run_charts.loss_chart(content.blocks),
+        loss_keys=run_charts.loss_keys(content.blocks),
         recipe=json.dumps(content.recipe, indent=2, ensure_ascii=False) if content.recipe else "",
         sample=_sample(evaluation),
     )

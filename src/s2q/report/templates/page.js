@@ -5,6 +5,7 @@
   const speed = document.getElementById("speed");
   const difference = document.getElementById("show-difference");
   const theme = document.getElementById("theme");
+  const wipe = document.getElementById("wipe"); // the page of a comparison has none
 
   class Player {
     constructor(root) {
@@ -13,7 +14,7 @@
       this.frames = Number(root.dataset.frames);
       this.videos = [...root.querySelectorAll("video")];
       this.toggle = root.querySelector(".toggle");
-      this.range = root.querySelector("input[type=range]");
+      this.range = root.querySelector(".transport input");
       this.output = root.querySelector("output");
       this.wanted = !still;
       this.visible = true;
@@ -25,13 +26,28 @@
       this.toggle.addEventListener("click", () => this.want(!this.wanted));
       this.range.addEventListener("input", () => this.seek(Number(this.range.value)));
       for (const button of root.querySelectorAll(".step")) {
-        button.addEventListener("click", () => {
-          const next = Number(this.range.value) + Number(button.dataset.step);
-          this.seek((next + this.frames) % this.frames);
-        });
+        button.addEventListener("click", () => this.step(Number(button.dataset.step)));
       }
+      this.position = root.querySelector(".wipe-position");
+      if (this.position) this.listen(root.querySelector("figure.student"));
       this.apply();
     }
+    listen(figure) {
+      const video = figure.querySelector("video");
+      const move = (event) => {
+        if (!wipe.checked || (event.type === "pointermove" && event.buttons !== 1)) return;
+        const box = video.getBoundingClientRect();
+        this.position.value = String(100 * (event.clientX - box.left) / box.width);
+        this.place();
+      };
+      for (const event of ["pointerdown", "pointermove"]) figure.addEventListener(event, move);
+      figure.addEventListener("dragstart", (event) => event.preventDefault());
+      this.position.addEventListener("input", () => this.place());
+      new ResizeObserver(() => figure.style.setProperty("--wipe-height", `${video.clientHeight}px`)).observe(video);
+      this.place();
+    }
+    place() { this.root.style.setProperty("--wipe", `${this.position.value}%`); }
+    step(frames) { this.seek((Number(this.range.value) + frames + this.frames) % this.frames); }
     get master() { return this.videos[0]; }
     get frame() {
       return Math.max(0, Math.min(this.frames - 1, Math.floor(this.master.currentTime * this.fps + 1e-3)));
@@ -109,6 +125,22 @@
   difference.addEventListener("change", () => {
     document.body.classList.toggle("no-difference", !difference.checked);
     players.forEach((player) => player.draw());
+  });
+  if (wipe) wipe.addEventListener("change", () => document.body.classList.toggle("wipe", wipe.checked));
+  const keys = {
+    " ": () => playAll.click(),
+    ArrowLeft: () => players.filter((player) => player.visible).forEach((player) => player.step(-1)),
+    ArrowRight: () => players.filter((player) => player.visible).forEach((player) => player.step(1)),
+    w: () => wipe && wipe.click(),
+    d: () => difference.click(),
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest("button, input, select, summary, a, video, textarea")) return;
+    const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (!act) return;
+    event.preventDefault();
+    act();
   });
   theme.addEventListener("click", () => {
     const root = document.documentElement;
