@@ -315,14 +315,13 @@ def _show_layers(out: Console, report: Mapping[str, Any]) -> None:
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    from s2q.common.components import full_name, split_name
+    from s2q.common.components import pattern_of
 
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for layer in layers:
-        component, name = split_name(layer["name"])
-        parts = ("*" if part.isdigit() and index == 1 else part for index, part in enumerate(name.split(".")))
-        kind = full_name(component, ".".join(parts))
-        groups.setdefault((kind, layer["scheme"], tuple(layer["shape"])), []).append(layer["bytes"])
+        groups.setdefault((pattern_of(layer["name"]), layer["scheme"], tuple(layer["shape"])), []).append(
+            layer["bytes"]
+        )
     table = Table(header_style="dim", box=box.SIMPLE)
     table.add_column(f"{len(layers)} linears", overflow="fold")
     for column in ("count", "shape", "scheme", "bytes"):

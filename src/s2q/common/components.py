@@ -67,6 +67,13 @@ def check_no_adapter(folder: Path, names: Iterable[str]) -> None:
         )
 
 
+def pattern_of(name: str) -> str:
+    """Return the name of a linear in any block: "blocks.*.attn1.to_q" of "blocks.3.attn1.to_q"."""
+    component, rest = split_name(name)
+    parts = ("*" if part.isdigit() and index == 1 else part for index, part in enumerate(rest.split(".")))
+    return full_name(component, ".".join(parts))
+
+
 def full_name(component: str, name: str) -> str:
     """Return what something in a transformer is called among those of all transformers."""
     return name if component == TRANSFORMERS[0] else f"{component}.{name}"

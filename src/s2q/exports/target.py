@@ -6,7 +6,6 @@ What a format cannot store is refused before anything is written, with the linea
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.checkpoint import S2QConfig
-from s2q.common.components import TRANSFORMERS, full_name
+from s2q.common.components import TRANSFORMERS, full_name, pattern_of
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import PARTS, InputPath
 from s2q.core.qparams import dequantize_weight
@@ -200,8 +199,8 @@ def check_storable(target: Target, forms: Collection[LinearForm], *, recipe: str
             raise _refusal(target, form, obstacle, recipe=recipe)
     unfit = [form for form in forms if target.unfit_width(form) is not None]
     if unfit:
-        in_any_block = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", form.full_name, count=1) for form in unfit)
-        raise stored_unquantized(target, unfit[0], target.unfit_width(unfit[0]), skip=list(in_any_block))
+        patterns = dict.fromkeys(pattern_of(form.full_name) for form in unfit)
+        raise stored_unquantized(target, unfit[0], target.unfit_width(unfit[0]), skip=list(patterns))
 
 
 def stored_unquantized(

@@ -1,0 +1,107 @@
+"""Sensitivity of each kind of linears, on a tiny pipeline that was rounded to four bits."""
+
+import copy
+
+import pytest
+import torch
+
+from s2q.common.components import pattern_of
+from s2q.common.errors import InvalidInputError
+from s2q.evaluation.sensitivity import kind_errors, linear_weights, linears_by_kind
+from s2q.evaluation.velocity import velocity_errors
+from s2q.generation.load import load_pipeline
+from s2q.generation.settings import resolve_settings
+from s2q.generation.trajectory import record_trajectory
+from s2q.nn.packed import PackedLinear
+from s2q.nn.swap import replace_module
+from s2q.run.quantize import quantize
+from tiny import tiny_pipeline
+
+QUERY = "transformer_blocks.*.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline("cogvideox")
+
+
+@pytest.fixture(scope="module")
+def student(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sensitivity")
+    pipe.save_pretrained(folder / "full")
+    quantize(folder / "full", recipe="rtn-w4a4", out=folder / "quantized")
+    return load_pipeline(folder / "quantized", dtype="float32").transformer
+
+
+@pytest.fixture(scope="module")
+def trajectory(pipe):
+    settings = resolve_settings(pipe, requested={"num_inference_steps": 2, "guidance_scale": 4.0})
+    return record_trajectory(pipe, ["red", "blue"], seeds=[0, 1], settings=settings)
+
+
+@pytest.fixture(scope="module")
+def errors(pipe, student, trajectory):
+    weights = linear_weights({"transformer": pipe.transformer})
+    return kind_errors({"transformer": student}, weights, trajectory)
+
+
+def test_a_kind_is_a_linear_in_all_blocks(pipe, student):
+    kinds = linears_by_kind({"transformer": student})
+    blocks = len(student.transformer_blocks)
+    assert kinds[QUERY] == [f"transformer_blocks.{index}.attn1.to_q" for index in range(blocks)]
+    packed = [name for name, module in student.named_modules() if isinstance(module, PackedLinear)]
+    assert sorted(name for names in kinds.values() for name in names) == sorted(packed)
+
+
+def test_the_error_of_a_kind_is_that_of_the_teacher_with_its_linears_packed(pipe, student, trajectory, errors):
+    teacher = copy.deepcopy(pipe.transformer)
+    for name in linears_by_kind({"transformer": student})[QUERY]:
+        replace_module(teacher, name, student.get_submodule(name))
+    expected = velocity_errors({"transformer": teacher}, trajectory)
+    for video, steps in zip(errors, expected, strict=True):
+        assert video[QUERY] == pytest.approx(sum(steps) / len(steps), rel=1e-5)
+
+
+def test_every_kind_has_an_error_below_that_of_the_model(student, trajectory, errors):
+    whole = velocity_errors({"transformer": student}, trajectory)
+    for video, steps in zip(errors, whole, strict=True):
+        assert list(video) == list(linears_by_kind({"transformer": student}))
+        assert all(value > 0 for value in video.values())
+        assert min(video.values()) < sum(steps) / len(steps) < 3 * sum(video.values())
+
+
+def test_the_model_is_as_before_also_after_an_error(pipe, student, trajectory):
+    before = dict(student.named_modules())
+    weights = linear_weights({"transformer": pipe.transformer})
+    broken = {name: entry for name, entry in weights.items() if not name.endswith("to_v")}
+    with pytest.raises(KeyError):
+        kind_errors({"transformer": student}, broken, trajectory)
+    assert dict(student.named_modules()) == before
+
+
+def test_a_model_without_packed_linears_is_refused(pipe, trajectory):
+    transformers = {"transformer": pipe.transformer}
+    with pytest.raises(InvalidInputError, match="no linears that s2q quantized"):
+        kind_errors(transformers, linear_weights(transformers), trajectory)
+
+
+def test_weights_on_the_cpu_are_not_copied(pipe):
+    weights = linear_weights({"transformer": pipe.transformer})["transformer_blocks.0.attn1.to_q"]
+    linear = pipe.transformer.transformer_blocks[0].attn1.to_q
+    assert weights.weight.data_ptr() == linear.weight.data_ptr()
+    built = weights.linear(torch.device("cpu"))
+    x = torch.randn(3, linear.in_features)
+    assert torch.equal(built(x), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("blocks.3.attn1.to_q", "blocks.*.attn1.to_q"),
+        ("transformer_2.blocks.12.ffn.net.2", "transformer_2.blocks.*.ffn.net.2"),
+        ("proj_out", "proj_out"),
+        ("time_embedding.linear_1", "time_embedding.linear_1"),
+    ],
+)
+def test_a_pattern_replaces_the_index_of_the_block_alone(name, pattern):
+    assert pattern_of(name) == pattern
