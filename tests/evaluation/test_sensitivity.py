@@ -7,7 +7,9 @@ import torch
 
 from s2q.common.components import pattern_of
 from s2q.common.errors import InvalidInputError
+from s2q.evaluation.evaluate import evaluate
 from s2q.evaluation.sensitivity import kind_errors, linear_weights, linears_by_kind
+from s2q.evaluation.summary import summarise_kinds
 from s2q.evaluation.velocity import velocity_errors
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import resolve_settings
@@ -26,11 +28,16 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def student(pipe, tmp_path_factory):
+def folders(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sensitivity")
     pipe.save_pretrained(folder / "full")
     quantize(folder / "full", recipe="rtn-w4a4", out=folder / "quantized")
-    return load_pipeline(folder / "quantized", dtype="float32").transformer
+    return folder / "full", folder / "quantized"
+
+
+@pytest.fixture(scope="module")
+def student(folders):
+    return load_pipeline(folders[1], dtype="float32").transformer
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +112,46 @@ def test_weights_on_the_cpu_are_not_copied(pipe):
 )
 def test_a_pattern_replaces_the_index_of_the_block_alone(name, pattern):
     assert pattern_of(name) == pattern
+
+
+def test_an_evaluation_has_the_kinds_with_the_largest_error_first(folders, student, errors):
+    full, quantized = folders
+    settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "seeds": [0], "workers": 1}
+    stages = []
+    result = evaluate(
+        quantized,
+        reference=full,
+        prompts=["red", "blue"],
+        sensitivity=1,
+        dtype="float32",
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+        **settings,
+    )
+    kinds = result["sensitivity"]["kinds"]
+    assert {kind["linears"]: kind["count"] for kind in kinds} == {
+        name: len(names) for name, names in linears_by_kind({"transformer": student}).items()
+    }
+    means = [kind["mean"] for kind in kinds]
+    assert means == sorted(means, reverse=True)
+    assert result["sensitivity"]["n_videos"] == 1
+    for kind in kinds:
+        assert kind["mean"] == pytest.approx(errors[0][kind["linears"]], rel=1e-3), "of the first prompt"
+    assert ("sensitivity", 2 * len(kinds), 2 * len(kinds)) in stages
+    without = evaluate(quantized, reference=full, prompts=["red", "blue"], dtype="float32", **settings)
+    assert "sensitivity" not in without
+    assert result["metrics"] == without["metrics"]
+
+
+def test_the_sensitivity_of_a_full_precision_model_is_refused(folders):
+    full, _ = folders
+    with pytest.raises(InvalidInputError, match="sensitivity needs an s2q checkpoint"):
+        evaluate(full, reference=full, prompts=["red"], seeds=[0], sensitivity=1)
+
+
+def test_kinds_are_averaged_over_prompts():
+    kinds = {"a": ["a"], "blocks.*.b": ["blocks.0.b", "blocks.1.b"]}
+    videos = [{"a": 0.1, "blocks.*.b": 0.5}, {"a": 0.3, "blocks.*.b": 0.7}]
+    entry = summarise_kinds(kinds, ["red", "blue"], videos)
+    assert [(kind["linears"], kind["count"]) for kind in entry["kinds"]] == [("blocks.*.b", 2), ("a", 1)]
+    assert [kind["mean"] for kind in entry["kinds"]] == pytest.approx([0.6, 0.2])
+    assert entry["n_videos"] == 2

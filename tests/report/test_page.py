@@ -113,11 +113,22 @@ def test_the_run_is_shown_with_its_selection_losses_and_stages():
     selection = {"selection": "sds", "prompts": ["a"], "candidates": [candidate | {"selected": True}], "samples": 1}
     stages = [{"Stage": "collect", "Planned peak memory": "5 MB", "Measured time": "3 s"}]
     blocks = [{"name": "blocks.0", "loss": {"rtn": 0.5, "final": 0.1}}]
-    page = Outline(render_page(content(selection=selection, blocks=blocks, stages=stages)))
+    kinds = [{"linears": "blocks.*.to_q", "count": 2, "mean": 0.25}]
+    judged = evaluation(sensitivity={"definition": "of one kind", "n_videos": 3, "kinds": kinds})
+    page = Outline(render_page(content(evaluation=judged, selection=selection, blocks=blocks, stages=stages)))
     text = " ".join(" ".join(page.text).split())
-    for expected in ("Selected samples", "Loss by block", "as packed", "Planned and measured", "collect", "5 MB"):
+    for expected in (
+        "Selected samples",
+        "Loss by block",
+        "as packed",
+        "Planned and measured",
+        "collect",
+        "5 MB",
+        "Of one kind; mean over 3 videos",
+        "blocks.*.to_q",
+    ):
         assert expected in text, expected
-    assert len([svg for svg in page.all("svg") if svg.get("class") == "chart"]) == 4
+    assert len([svg for svg in page.all("svg") if svg.get("class") == "chart"]) == 5
 
 
 def test_sections_without_content_are_left_out():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from s2q.report.run_charts import LOSSES, SCORES, loss_chart, loss_keys, selection_chart
+from s2q.report.run_charts import LOSSES, SCORES, loss_chart, loss_keys, selection_chart, sensitivity_chart
 
 
 def record(prompts=2, steps=3, **changes):
@@ -92,3 +92,11 @@ def test_a_loss_that_no_block_has_is_left_out():
 @pytest.mark.parametrize("blocks", [[], [block(0)], [block(0, final=0.0)]])
 def test_without_losses_there_is_no_chart(blocks):
     assert str(loss_chart(blocks)) == ""
+
+
+def test_bars_of_sensitivity_are_as_long_as_the_errors():
+    kinds = [{"linears": f"blocks.*.{name}", "count": 6, "mean": mean} for name, mean in (("a", 0.4), ("b", 0.1))]
+    text = str(sensitivity_chart({"kinds": kinds}))
+    first, second = (float(width) for width in re.findall(r'class="bar" .*?width="([\d.]+)"', text))
+    assert first == pytest.approx(4 * second, rel=0.01)
+    assert "blocks.*.a, 6 linears: 0.4" in text

@@ -36,6 +36,7 @@ PAGE = "report.html"
 _CHECKPOINT = "checkpoint"
 _WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
 _SHOWN_PROMPTS = 4
+_SENSITIVITY_PROMPTS = 2
 _SEED = 0
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
 _SHORT_CALIBRATION = ("calibration.n_prompts=2", "calibration.samples=8")
@@ -122,6 +123,7 @@ def _make(
             prompts=embedded_prompts(model, split="held-out", count=4 if short else 16),
             seeds=(_SEED,) if short else (_SEED, _SEED + 1),
             num_inference_steps=8 if short else None,
+            sensitivity=_SENSITIVITY_PROMPTS,
             video_done=keep,
             progress=progress,
         )

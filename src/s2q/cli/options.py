@@ -215,6 +215,9 @@ Metrics = Annotated[
 ]
 LpipsWeights = Annotated[Path | None, file_option("--lpips-weights", help="Add LPIPS with these weights.")]
 ClipFolder = Annotated[Path | None, folder_option("--clip", help="Add CLIP scores with the CLIP model in this folder.")]
+Sensitivity = Annotated[
+    int | None, number_option("--sensitivity", help="Number of prompts to measure each kind of linears alone on.")
+]
 Workers = Annotated[
     str,
     typer.Option(

@@ -240,12 +240,24 @@ def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None)
         Text.assemble(("Evaluation ", "bold"), f"{evaluation['model']} against {evaluation['reference']}, {sample}")
     )
     out.print(metric_table(evaluation))
+    if "sensitivity" in evaluation:
+        out.print(_sensitivity_table(evaluation["sensitivity"]))
     if "vbench" in evaluation:
         out.print(judges_table(evaluation, scheme=scheme))
         for note in evaluation["vbench"]["notes"]:
             out.print(f"VBench: {note}", soft_wrap=True)
     for name, need in evaluation.get("evalcrafter", {}).get("absent", {}).items():
         out.print(f"EvalCrafter's {title_of(name)}: {need}", soft_wrap=True)
+
+
+def _sensitivity_table(sensitivity: Mapping[str, Any]) -> Table:
+    """Return a table of the kinds of linears, the one with the largest error first."""
+    table = new_table("Linears quantized alone", right=("count", "velocity error", "95 % interval"))
+    for kind in sensitivity["kinds"]:
+        name = "velocity_relative_error"
+        cells = format_value(name, kind["mean"]), format_interval(name, kind["low"], kind["high"])
+        table.add_row(kind["linears"], str(kind["count"]), *cells)
+    return table
 
 
 def judges_table(evaluation: Mapping[str, Any], *, scheme: str | None) -> Table:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from s2q.checkpoint import QUANT_METHOD, inspect_checkpoint
+from s2q.checkpoint import inspect_checkpoint
 from s2q.checkpoint.manifest import MANIFEST
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import sha256_file
@@ -16,7 +16,7 @@ from s2q.common.headers import tensors_digest
 from s2q.comparison.peers import Peer, find_peers
 from s2q.comparison.widths import foreign_width, recipe_width
 from s2q.generation.defaults import calibrated_generation
-from s2q.generation.load import check_model
+from s2q.generation.load import check_model, is_checkpoint
 from s2q.models import ModelSource, resolve_model
 from s2q.models.hub import parse_hub_id
 from s2q.models.lora import effect_of
@@ -208,7 +208,7 @@ def _as_file_name(text: str) -> str:
 
 def _stored_width(source: ModelSource) -> str:
     """The width of a checkpoint: what its recipe says, else what most of its quantized weights have."""
-    if (source.quantization or {}).get("quant_method") != QUANT_METHOD:
+    if not is_checkpoint(source):
         return foreign_width(source.quantization)
     recipe = source.complete_folder() / "s2q" / "recipe.json"
     if recipe.is_file():

@@ -28,13 +28,21 @@ from s2q.evaluation.judges.learned import Judges, open_judges
 from s2q.evaluation.parallel import MeasuredShard, Shard, measure_shards, shards_of
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
+from s2q.evaluation.sensitivity import kind_errors, linear_weights, linears_by_kind
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
-from s2q.evaluation.summary import summarise
+from s2q.evaluation.summary import summarise, summarise_kinds
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, selected_metrics
 from s2q.generation.defaults import calibrated_generation, embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
-from s2q.generation.load import check_model, check_same_loras, load_pipeline, models_that_fit, refuse_load_options
+from s2q.generation.load import (
+    check_model,
+    check_same_loras,
+    is_checkpoint,
+    load_pipeline,
+    models_that_fit,
+    refuse_load_options,
+)
 from s2q.generation.prompts import check_distinct, prompt_list, prompt_record
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
@@ -96,6 +104,7 @@ def evaluate(
     loras: Sequence[str | Path] = (),
     verify: bool | None = None,
     trajectory_bytes: int = TRAJECTORY_BYTES,
+    sensitivity: int = 0,
     workers: int | str = AUTO,
     devices: Sequence[str] | None = None,
     engine: str = "processes",
@@ -110,20 +119,19 @@ def evaluate(
         metrics: Names out of `video_metrics.METRICS`, and of learned judges that have weights; empty means all.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
-        num_frames: None takes the model's own, as for all settings down to `max_sequence_length`; those that a
-            checkpoint was calibrated with come first, for both sides.
+        num_frames: None takes the calibration's setting, then the model's own; also those to `max_sequence_length`.
         variant: Variant of the weights, "fp16"; a judged model that has none of it is loaded without.
         loras: LoRA adapters to fuse into the reference, as `s2q.quantize` fused them into the model.
         trajectory_bytes: Memory of a worker for recorded trajectories; the rest goes to a temporary folder.
+        sensitivity: Number of prompts to measure each kind of linears alone on.
         workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`.
         video_done: Called with the label of a model and each of its videos as it is generated.
 
     Returns:
-        The content of `eval.json`; see `summarise`.
+        The content of `eval.json`; see `summarise` and, for `sensitivity`, `summarise_kinds`.
 
     Raises:
-        InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take, or a model that was
-            not made from the reference; before anything is generated.
+        InvalidInputError: Unknown metric, bad prompts, seeds or settings, a model that was not made from the reference.
         UsageError: An option of loading or several workers with loaded pipelines.
         S2QError: A model produced NaN or infinite values.
     """
@@ -147,9 +155,9 @@ def evaluate(
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
         device=where.device,
     )
+    count = arguments.whole_number("sensitivity", sensitivity, least=0)
     seeds, texts = arguments.seed_numbers(seeds), optional(prompt_list, "prompts", prompts)
-    result = _evaluate(model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress)
-    return summarise(result)
+    return _evaluate(model, reference, texts, seeds, count, settings, where, video_done=video_done, progress=progress)
 
 
 def _evaluate(
@@ -157,25 +165,66 @@ def _evaluate(
     reference: Any,
     texts: list[str] | None,
     seeds: tuple[int, ...],
+    sensitivity: int,
     settings: EvaluationSettings,
     where: Workers,
     *,
     video_done: VideoDone | None,
     progress: Progress | None,
-) -> EvaluationResult:
+) -> dict[str, Any]:
     """Check everything that can be checked before weights are read, then evaluate."""
     model, reference = _resolve_pair(model, reference, settings, where)
     settings = replace(settings, recommended=calibrated_generation(model) or {})
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
+    if sensitivity and isinstance(model, ModelSource) and not is_checkpoint(model):
+        raise InvalidInputError(f"{model_label(model)}: sensitivity needs an s2q checkpoint")
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
-        return _evaluate_shards(
+        measured = _evaluate_shards(
             model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
         )
-    run = run_reference(
-        reference, prompts=texts, seeds=seeds, settings=settings, video_done=video_done, progress=progress
-    )
-    return judge_model(model, run, video_done=video_done, progress=progress)
+    else:
+        run = run_reference(
+            reference, prompts=texts, seeds=seeds, settings=settings, video_done=video_done, progress=progress
+        )
+        measured = judge_model(model, run, video_done=video_done, progress=progress)
+    result = summarise(measured)
+    if sensitivity:
+        with fixed_threads(where.device):
+            result["sensitivity"] = _measure_sensitivity(
+                model, reference, texts[:sensitivity], seed=seeds[0], settings=settings, progress=progress
+            )
+    return result
+
+
+@memory_errors("measuring the sensitivity", remedy=LESS_MEMORY)
+@in_fresh_torch_state
+def _measure_sensitivity(
+    model: Any,
+    reference: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    settings: EvaluationSettings,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Measure the velocity error of each kind of linears alone, for `summarise_kinds`."""
+    settings = replace(settings, metrics=(VELOCITY,))
+    pipe = _open(reference, settings, dtype=settings.dtype)
+    run = run_reference(reference, pipe=pipe, prompts=prompts, seeds=(seed,), settings=settings, progress=progress)
+    weights = linear_weights(transformers_of(pipe))
+    if pipe is not reference:
+        del pipe
+        free_memory()
+    students = transformers_of(_open(model, settings, dtype=run.dtype))
+    kinds = linears_by_kind(students)
+    tick = StageCounter(progress, "sensitivity", len(kinds) * run.recordings.num_calls)
+    recorded: list[str] = []
+    errors: list[dict[str, float]] = []
+    for trajectory in run.recordings.recorded():
+        recorded += trajectory.prompts
+        errors += kind_errors(students, weights, trajectory, step_done=tick)
+    return summarise_kinds(kinds, recorded, errors)
 
 
 def _evaluate_shards(

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,12 @@ class Recordings:
         """Return the trajectory of a batch; None if it was not recorded."""
         recorded = self._batches[batch] if batch < len(self._batches) else None
         return recorded.read() if isinstance(recorded, _Spilled) else recorded
+
+    def recorded(self) -> Iterator[Trajectory]:
+        """Read the trajectories one by one, in order."""
+        for batch in range(len(self._batches)):
+            if (trajectory := self[batch]) is not None:
+                yield trajectory
 
     def _disk_left(self) -> int:
         if self._disk_bytes is None:

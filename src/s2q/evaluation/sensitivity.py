@@ -68,7 +68,7 @@ def kind_errors(
     *,
     step_done: Tick = lambda: None,
 ) -> list[dict[str, float]]:
-    """Measure the velocity error of each kind of packed linears alone; the students are left as they were.
+    """Measure the velocity error of each kind of packed linears alone; the students keep theirs.
 
     Args:
         students: Quantized transformers by component.

@@ -55,6 +55,33 @@ def summarise(measured: EvaluationResult) -> dict[str, Any]:
     }
 
 
+def summarise_kinds(
+    kinds: Mapping[str, Sequence[str]], prompts: Sequence[str], errors: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """Build the entry `sensitivity` of `eval.json`.
+
+    Args:
+        kinds: Names of the linears of each kind.
+        prompts: Prompt of each video.
+        errors: Velocity error of each video by kind.
+
+    Returns:
+        `definition`, `n_videos` and `kinds`, the largest error first: `linears` ("blocks.*.attn1.to_q"), their number
+        `count`, and `mean`, `low` and `high` of the error over the prompts.
+    """
+    entries = []
+    for kind, names in kinds.items():
+        by_prompt: dict[str, list[float]] = {}
+        for prompt, video in zip(prompts, errors, strict=True):
+            by_prompt.setdefault(prompt, []).append(video[kind])
+        entries.append({"linears": kind, "count": len(names), **asdict(clustered_mean(by_prompt))})
+    return {
+        "definition": "velocity error with the linears of one kind quantized, all others at full precision",
+        "n_videos": len(errors),
+        "kinds": sorted(entries, key=lambda entry: -entry["mean"]),
+    }
+
+
 def _noise_floor(pairs: Sequence[VideoScores]) -> dict[str, Any] | None:
     if not pairs:
         return None

@@ -69,7 +69,7 @@ def load_pipeline(
     if attention_backend is not None:
         check_attention_backend(attention_backend)
     source = resolve_model(model, variant=variant)
-    if _is_ours(source):
+    if is_checkpoint(source):
         source.check_packages()
         folder = source.complete_folder()
         config, *_ = checkpoint.read_configs(folder).values()
@@ -105,7 +105,7 @@ def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) 
     """Check what can be checked of a model without loading it, so that no work is done before it is refused."""
     source = resolve_model(model)
     source.check_packages()
-    if _is_ours(source):
+    if is_checkpoint(source):
         folder = source.complete_folder()
         checkpoint.read_configs(folder)
         checkpoint.check_intact(folder, verify=verify)
@@ -115,7 +115,7 @@ def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) 
 
 def check_same_loras(model: ModelSource, reference: ModelSource) -> None:
     """Refuse a checkpoint that was made with other adapters than its reference is loaded with."""
-    if not _is_ours(model):
+    if not is_checkpoint(model):
         return
     fused, expected = checkpoint.fused_loras(model.complete_folder()), [lora.to_dict() for lora in reference.loras]
     if effect_of(fused) != effect_of(expected):
@@ -152,7 +152,8 @@ def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool
     return checkpoint.inspect_checkpoint(path, variant=variant, verify=verify)
 
 
-def _is_ours(source: ModelSource) -> bool:
+def is_checkpoint(source: ModelSource) -> bool:
+    """Tell whether a model is a checkpoint of s2q."""
     return (source.quantization or {}).get("quant_method") == checkpoint.QUANT_METHOD
 
 

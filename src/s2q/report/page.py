@@ -82,7 +82,7 @@ def render_page(content: PageContent) -> str:
     if not content.pairs:
         raise InvalidInputError("report page: got no videos; expected at least one pair")
     evaluation, metrics = content.evaluation, content.evaluation["metrics"]
-    velocity = evaluation.get("velocity")
+    velocity, sensitivity = evaluation.get("velocity"), evaluation.get("sensitivity")
     floor = (evaluation.get("noise_floor") or {}).get("metrics", {})
     measured = {name: entry for name, entry in metrics.items() if entry["mean"] is not None}
     scores = {name: entry for name, entry in measured.items() if not name.startswith("reference_")}
@@ -109,6 +109,7 @@ def render_page(content: PageContent) -> str:
             ]
         ),
         selection_chart=run_charts.selection_chart(content.selection) if content.selection else "",
+        sensitivity_chart=run_charts.sensitivity_chart(sensitivity) if sensitivity else "",
         loss_chart=run_charts.loss_chart(content.blocks),
         loss_keys=run_charts.loss_keys(content.blocks),
         recipe=json.dumps(content.recipe, indent=2, ensure_ascii=False) if content.recipe else "",

@@ -1,4 +1,4 @@
-"""Charts of a calibration run, as inline SVG: which samples were selected, and the loss of each block.
+"""Charts of a quantized model, as inline SVG: samples, losses of blocks, sensitivity of linears.
 
 The first is figures 2 and 3 of the paper for this run: salience over prompts and denoising steps, with the
 selected samples framed.
@@ -22,6 +22,7 @@ LOSSES = {"rtn": "round to nearest", "initial": "before learning", "final": "as 
 """Losses of a block in `report.json` that the chart has, with their titles."""
 _GAP = 44
 _MAX_CELL = 28
+_ROW = 28
 
 
 def selection_chart(record: Mapping[str, Any]) -> Markup:
@@ -69,6 +70,29 @@ def _map(candidates: Sequence[Mapping[str, Any]], key: str, *, top: float, cell:
                 f'height="{tall - 2:.1f}"/>'
             )
     return parts
+
+
+def sensitivity_chart(sensitivity: Mapping[str, Any]) -> Markup:
+    """Draw the velocity error of each kind of linears alone as bars, the largest first.
+
+    Args:
+        sensitivity: `sensitivity` of `eval.json`.
+    """
+    kinds = sensitivity["kinds"]
+    largest = max(kind["mean"] for kind in kinds) or 1.0
+    left = min(300.0, 24 + 8.4 * max(len(kind["linears"]) for kind in kinds))
+    parts = []
+    for index, kind in enumerate(kinds):
+        y = TOP + _ROW * index
+        length = (WIDTH - left - RIGHT - 84) * kind["mean"] / largest
+        parts.append(label_text(left - 10, y + 16, kind["linears"], "end"))
+        parts.append(
+            f'<rect class="bar" x="{left:.1f}" y="{y + 2:.1f}" width="{max(length, 1):.1f}" height="{_ROW - 8}" rx="3">'
+            f"<title>{escape(kind['linears'])}, {kind['count']} linears: {kind['mean']:.3g}</title></rect>"
+        )
+        parts.append(label_text(left + length + 8, y + 16, f"{kind['mean']:.2g}", "start"))
+    label = f"Velocity error with the linears of one kind quantized, {len(kinds)} kinds"
+    return svg(label, TOP + _ROW * len(kinds) + 8, parts)
 
 
 def loss_chart(blocks: Sequence[Mapping[str, Any]]) -> Markup:
