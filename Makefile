@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-emulated test-faults test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format clean
+.PHONY: demo test test-emulated test-faults test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format docs clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
@@ -67,8 +67,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site in site/; a warning is an error. Installs MkDocs, in half a minute.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache $(DEMO_DIR)
+	rm -rf site $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache $(DEMO_DIR)
 
 # torch is installed first and separately, so pip can choose a local CPU build.
 $(READY): pyproject.toml constraints.txt

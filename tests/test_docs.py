@@ -1,12 +1,14 @@
 """The pages say what the results files say, and their links lead somewhere."""
 
 import re
+import shlex
 from pathlib import Path
 
 import figures
 import pytest
 import tables
 import torch
+import typer
 from yaml import safe_load
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +43,12 @@ def test_links_to_files_lead_somewhere(page):
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(), flags=re.DOTALL)
     assert code is not None
     names: dict[str, object] = {}
     example = code.group(1).replace('"s2q-plus-w4a8"', '"rtn-w4a8"')  # the same path in seconds, not minutes
     assert example != code.group(1)
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "quickstart.md", "exec"), names)
     assert len(names["video"]) == 9
 
 
@@ -65,6 +67,26 @@ def test_what_the_questions_say_of_diffusers_is_true(tmp_path, monkeypatch):
     for refused in (CogVideoXVideoToVideoPipeline.from_pipe, lambda pipe: pipe.to("cpu", torch.bfloat16)):
         with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
             refused(names["pipe"])
+
+
+def commands_of(page):
+    """Commands of s2q in the code blocks of a page, without comments."""
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        if language in ("", "bash"):
+            lines = block.replace("\\\n", " ").splitlines()
+            yield from (shlex.split(line, comments=True)[1:] for line in lines if line.startswith("s2q "))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_command_line_understands_every_command(page, monkeypatch):
+    from s2q.cli.app import app
+
+    monkeypatch.setattr("s2q.common.arguments.check_device", lambda name: None)
+    commands = typer.main.get_command(app).commands
+    for name, *arguments in commands_of(page):
+        if "..." in arguments:
+            continue
+        assert commands[name].make_context(name, arguments).params, f"s2q {name} {' '.join(arguments)}"
 
 
 def test_the_two_commands_come_first():

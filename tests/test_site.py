@@ -1,0 +1,72 @@
+"""The site of the documentation has every page and every public name, and asks no other host for anything."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import s2q
+
+ROOT = Path(__file__).parent.parent
+OTHER_HOST = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=["'](?:https?:)?//(?!127\.)[^"']*""")
+
+
+def pages_of(nav):
+    for entry in nav:
+        value = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from pages_of(value) if isinstance(value, list) else [value]
+
+
+def test_every_page_is_in_the_navigation_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert sorted(pages_of(nav)) == sorted(pages | {"index.md"})
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)}
+    assert set(s2q.__all__) - {"__version__"} <= documented
+
+
+def test_every_page_is_linked_from_the_readme_which_is_short():
+    readme = (ROOT / "README.md").read_text()
+    unlinked = {path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" not in readme}
+    assert unlinked <= {"observations.md"}  # from the results
+    assert len(readme.splitlines()) <= 60
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_is_built_without_a_warning_and_needs_no_other_host(site):
+    pages = {path.name for path in site.glob("*.html")}
+    assert {"index.html", "quickstart.html", "api.html"} <= pages
+    assert {path.name: OTHER_HOST.findall(path.read_text()) for path in site.glob("*.html")} == dict.fromkeys(pages, [])
+    assert not (site / "_hooks.py").exists()
+
+
+def test_the_home_page_is_the_readme_with_links_of_the_site(site):
+    home = (site / "index.html").read_text()
+    assert 'href="choose.html"' in home
+    assert "docs/choose" not in home
+    shown = re.findall(r'<img[^>]*src="([^"]*)"', home + (site / "models.html").read_text())
+    assert any(source.startswith("outside/") for source in shown)
+    assert all((site / source).is_file() for source in shown)
+
+
+def test_the_reference_has_signatures_and_docstrings(site):
+    page = (site / "api.html").read_text()
+    assert "Quantize a text-to-video pipeline into a checkpoint" in page
+    assert page.count('class="doc doc-heading"') >= len(s2q.__all__) - 1
