@@ -84,7 +84,7 @@ def test_the_command_line_understands_every_command(page, monkeypatch):
     monkeypatch.setattr("s2q.common.arguments.check_device", lambda name: None)
     commands = typer.main.get_command(app).commands
     for name, *arguments in commands_of(page):
-        if "..." in arguments:
+        if "…" in arguments:
             continue
         assert commands[name].make_context(name, arguments).params, f"s2q {name} {' '.join(arguments)}"
 
