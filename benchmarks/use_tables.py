@@ -1,0 +1,33 @@
+"""The table of models that are used otherwise than they were calibrated: on longer videos."""
+
+import json
+from pathlib import Path
+
+from markdown_tables import interval, table_head, table_row
+
+RESULTS = Path(__file__).parent / "results"
+RECIPES = ("rtn-w4a6", "s2q-w4a6", "s2q-plus-w4a6")
+LENGTH_COLUMNS = {
+    "velocity_relative_error": ("#.3g", 100.0),
+    "motion_ratio": (".3f", 1.0),
+    "psnr_frame_mean_db": (".1f", 1.0),
+    "adherence_all": (".3f", 1.0),
+    "reference_adherence_all": (".3f", 1.0),
+}
+
+
+def lengths_table(model: str) -> str:
+    """Recipes of one model on videos of several lengths, against full precision of the same length."""
+    head = ["velocity error, %", "motion ratio", "PSNR dB", "adherence", "adherence, full precision"]
+    lines = table_head("recipe, frames", head)
+    for recipe in RECIPES:
+        path = RESULTS / "lengths" / model / f"{recipe}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        for frames, result in record["lengths"].items():
+            cells = [interval(result["metrics"][name], form, scale=s) for name, (form, s) in LENGTH_COLUMNS.items()]
+            lines.append(table_row(f"`{recipe}`, {frames}", cells))
+        count = result["n_prompts"]
+    note = f"{count} held-out prompts, one seed, float32; calibrated on {record['calibrated_frames']} frames."
+    return "\n".join([*lines, "", f"{note} Made by `python benchmarks/lengths.py -m {model}`."])
