@@ -6,7 +6,7 @@ import pytest
 
 import s2q
 
-VERBS = ("bench", "compare", "convert", "evaluate", "export", "generate", "inspect", "load", "plan", "quantize")
+VERBS = ("bench", "compare", "convert", "evaluate", "export", "generate", "inspect", "load", "plan", "push", "quantize")
 
 
 REQUIRED = introspection.Parameter.empty

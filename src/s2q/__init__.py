@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from s2q.evaluation.evaluate import evaluate
     from s2q.exports.convert import convert
     from s2q.exports.export import export
+    from s2q.exports.push import push
     from s2q.generation.generate import generate
     from s2q.generation.load import inspect_model as inspect
     from s2q.generation.load import load_pipeline as load
@@ -42,6 +43,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "push",
     "quantize",
 ]
 
@@ -56,6 +58,7 @@ _LAZY = {
     "inspect": ("s2q.generation.load", "inspect_model"),
     "load": ("s2q.generation.load", "load_pipeline"),
     "plan": ("s2q.planning", "plan"),
+    "push": ("s2q.exports.push", "push"),
     "quantize": ("s2q.run.quantize", "quantize"),
 }
 

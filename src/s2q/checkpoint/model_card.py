@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.common.cards import read_card
+from s2q.common.cards import read_card, split_card
 
 HOMEPAGE = "https://arxiv.org/abs/2508.04016"
+_FOLDER = "path/to/this/folder"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -33,19 +34,12 @@ def render_model_card(
         revision: Commit of the original on the Hub, which the text links to; None if it is not there.
         base_folder: Folder of the original, whose card gives the licence; None if there is none.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     schemes = Counter(scheme for config in configs for scheme in config.layers.values())
-    environment = Environment(
-        loader=PackageLoader("s2q.checkpoint", ""),
-        undefined=StrictUndefined,
-        autoescape=False,
-        keep_trailing_newline=True,
-    )
     task = task_of(pipeline_class)
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     at = "" if revision is None else f"/tree/{revision}"
-    text = environment.get_template("model_card.md.j2").render(
+    text = _rendered(
+        "model_card.md.j2",
         base_model=None if source == pipeline_class else source,
         licence=_licence(base_folder),
         recipe=recipe,
@@ -66,6 +60,46 @@ def render_model_card(
         generation=_settings(report.get("generation", {})),
     )
     return text.rstrip("\n") + "\n"
+
+
+def published_card(
+    text: str, *, repo: str, has_base: bool, metrics: Mapping[str, Any] | None, videos: Mapping[str, str]
+) -> str:
+    """Return the card of a checkpoint as it is shown on the Hub.
+
+    Args:
+        text: The card of its folder, maybe edited.
+        repo: Its id, which replaces the folder in commands.
+        has_base: Whether `base_model` of the front matter is an id of the Hub too; it is dropped otherwise.
+        metrics: Of eval.json; they replace those of the card. None keeps them.
+        videos: Captions by path in the repository, for the gallery of the page.
+    """
+    front, body = split_card(text)
+    front, body = front or "", body.replace(_FOLDER, repo).rstrip("\n") + "\n"
+    if not has_base:
+        front = re.sub(r"^base_model(?:_relation)?:.*\n", "", front, flags=re.MULTILINE)
+    if metrics is not None:
+        body = re.sub(r"^## Measured\n.*?(?=^## |\Z)", "", body, flags=re.MULTILINE | re.DOTALL).rstrip("\n")
+        body += "\n\n" + _rendered("measured.md.j2", metrics=metrics).rstrip("\n") + "\n"
+    if videos:
+        front += "widget:\n" + "".join(
+            f"- text: {json.dumps(caption, ensure_ascii=False)}\n  output:\n    url: {json.dumps(path)}\n"
+            for path, caption in videos.items()
+        )
+        body += "\n## Videos\n\n<Gallery />\n"
+    return f"---\n{front}---\n{body}"
+
+
+def _rendered(template: str, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("s2q.checkpoint", ""),
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def task_of(pipeline_class: str) -> str:

@@ -13,6 +13,7 @@ from s2q.cli.evaluate import evaluate
 from s2q.cli.export import export
 from s2q.cli.generate import generate
 from s2q.cli.plan import plan
+from s2q.cli.push import push
 from s2q.cli.quantize import inspect, quantize
 from s2q.common.errors import UsageError
 
@@ -60,5 +61,5 @@ def _root(
         raise UsageError("s2q: no command; see s2q --help")
 
 
-for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export, convert, doctor):
+for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export, convert, push, doctor):
     app.command("eval" if command is evaluate else None)(command)

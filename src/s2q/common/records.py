@@ -22,6 +22,7 @@ GENERATION_VERSION = 1  # what `s2q generate` writes
 INSPECTION_VERSION = 1  # what `s2q inspect` prints
 MANIFEST_VERSION = 1  # s2q/manifest.json
 PLAN_VERSION = 1  # what `s2q plan` prints
+PUSH_VERSION = 1  # what `s2q push` prints
 REPORT_VERSION = 1  # s2q/report.json
 SELECTION_VERSION = 1  # s2q/selection.json
 VBENCH_VERSION = 1  # the record of videos made for VBench

@@ -1,0 +1,53 @@
+"""`s2q push`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s2q.cli import options
+
+
+def push(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder.", metavar="CHECKPOINT")],
+    repo: Annotated[str, typer.Argument(help="Hub id to write: organisation/name[@branch].", metavar="REPO_ID")],
+    evaluation: Annotated[
+        Path | None, options.file_option("--eval", help="eval.json of the checkpoint, for the card.")
+    ] = None,
+    videos: Annotated[
+        Path | None, options.folder_option("--videos", help="Folder of s2q generate of the checkpoint, for the card.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Show a new repository to everybody.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Message of the commit.", metavar="TEXT")] = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Push a checkpoint to the Hub, private by default."""
+    from s2q.cli import console, output
+    from s2q.exports.push import push as run
+    from s2q.report.formatting import format_bytes
+
+    console.quiet_libraries()
+    with console.progress() as report:
+        result = run(
+            model,
+            repo=repo,
+            evaluation=evaluation,
+            videos=videos,
+            private=not public,
+            message=message,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=report,
+        ).to_dict()
+    if as_json:
+        output.emit_json(result)
+        return
+    visibility = "private" if result["private"] else "public"
+    size = format_bytes(sum(result["files"].values()))
+    what = "would be written" if result["commit"] is None else f"commit {result['commit'][:12]}"
+    name = result["repo"] if result["branch"] == "main" else f"{result['repo']}@{result['branch']}"
+    console.say(f"{name} ({visibility}): {len(result['files'])} files, {size}, {what}")
+    if result["commit"] is not None:
+        console.say(f"next: s2q generate -m {name} --prompt TEXT -o videos")

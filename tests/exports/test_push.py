@@ -1,0 +1,291 @@
+"""`s2q push` to a local stand-in for the Hub, and what is loaded from there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+import s2q
+from hub_server import READ_ONLY, TOKEN, Repo, hub_server
+from s2q.cli import run
+from s2q.common.cards import front_matter
+from s2q.common.errors import InvalidInputError, S2QError
+
+REPO = "acme/tiny-w4a8"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pushed") / "tiny-w4a8"
+    s2q.quantize(tiny_model, recipe="rtn-w4a8", out=out)
+    return out
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with hub_server() as (address, contents):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield contents
+
+
+@pytest.fixture
+def measured(checkpoint, tmp_path):
+    """An evaluation and videos of the checkpoint."""
+    metric = {"mean": 34.25, "low": None, "high": 35.0, "definition": "mean of frames, dB"}
+    record = {
+        "schema_version": 1,
+        "model": f"runs/{checkpoint.name}",
+        "metrics": {"psnr": metric, "reference_x": metric},
+    }
+    evaluation, videos = tmp_path / "eval.json", tmp_path / "videos"
+    evaluation.write_text(json.dumps(record))
+    videos.mkdir()
+    (videos / "000-a.mp4").write_bytes(b"a video")
+    (videos / "sheet.png").write_bytes(b"no video")
+    listed = [{"file": "000-a.mp4", "prompt": 'a "red" circle', "seed": 0}]
+    (videos / "generation.json").write_text(
+        json.dumps({"schema_version": 1, "model": str(checkpoint), "videos": listed})
+    )
+    return {"evaluation": evaluation, "videos": videos}
+
+
+def stored(hub, repo=REPO, revision="main"):
+    """Contents by path."""
+    files = hub.repos[repo].files(revision)
+    return {name: hub.objects[file] if isinstance(file, str) else file for name, file in files.items()}
+
+
+def test_a_push_is_private_and_has_the_files_the_card_and_a_manifest_of_all(hub, checkpoint, measured, tmp_path):
+    report = s2q.push(checkpoint, repo=REPO, message="First", **measured)
+    files = stored(hub)
+    assert hub.repos[REPO].private
+    assert report.private
+    assert report.commit == hub.repos[REPO].branches["main"]
+    assert set(files) == set(report.files) | {".gitattributes"}
+    assert {name: len(content) for name, content in files.items() if name != ".gitattributes"} == report.files
+    own = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+    assert set(own) | {"s2q/eval.json", "videos/000-a.mp4"} == set(report.files)
+    changed = {name for name, path in own.items() if files[name] != path.read_bytes()}
+    assert changed == {"README.md", "s2q/manifest.json"}
+    for name, content in files.items():
+        target = tmp_path / "copy" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    assert s2q.inspect(tmp_path / "copy", verify=True).problems == ()
+
+
+def test_the_card_has_the_id_the_measured_table_and_the_videos(hub, checkpoint, measured):
+    s2q.push(checkpoint, repo=REPO, **measured)
+    text = stored(hub)["README.md"].decode()
+    assert hub.cards == [text]
+    assert "path/to/this/folder" not in text
+    assert f's2q generate -m {REPO} --prompt "…"' in text
+    assert "| psnr | 34.25 | – | 35 | mean of frames, dB |" in text
+    assert "reference_x" not in text
+    assert text.count("## Measured") == text.count("<Gallery />") == 1
+    fields = front_matter(text)
+    assert fields["widget"] == [{"text": 'a "red" circle', "output": {"url": "videos/000-a.mp4"}}]
+    assert "base_model" not in fields  # the tiny model is a folder
+    card = huggingface_hub.ModelCard(text)
+    card.validate()
+    assert card.data.library_name == "diffusers"
+
+
+def test_measured_again_replaces_the_table(measured, checkpoint):
+    from s2q.checkpoint.model_card import published_card
+
+    metrics = json.loads(measured["evaluation"].read_text())["metrics"]
+    text = (checkpoint / "README.md").read_text()
+    first = published_card(text, repo=REPO, has_base=False, metrics=metrics, videos={})
+    second = published_card(first, repo=REPO, has_base=False, metrics={"ssim": metrics["psnr"]}, videos={})
+    assert second == first.replace("| psnr |", "| ssim |").replace(
+        "| reference_x | 34.25 | – | 35 | mean of frames, dB |\n", ""
+    )
+    assert published_card(first, repo=REPO, has_base=True, metrics=None, videos={}) == first
+
+
+def test_an_interrupted_push_sends_what_is_missing(hub, checkpoint):
+    hub.fail = r"^POST .*/commit/"
+    with pytest.raises(S2QError, match="run the command again") as raised:
+        s2q.push(checkpoint, repo=REPO)
+    assert raised.value.exit_code == 1
+    assert set(stored(hub)) == {".gitattributes"}
+    sent, hub.fail = len(hub.puts()), None
+    assert sent > 0
+    s2q.push(checkpoint, repo=REPO)
+    assert len(hub.puts()) == sent
+    commits = len(hub.repos[REPO].commits)
+    again = s2q.push(checkpoint, repo=REPO)  # its answer may have been lost
+    assert len(hub.repos[REPO].commits) == commits
+    assert again.commit == hub.repos[REPO].branches["main"]
+
+
+def test_another_checkpoint_is_replaced_only_if_asked(hub, checkpoint, measured):
+    s2q.push(checkpoint, repo=REPO, **measured)
+    before = stored(hub)
+    with pytest.raises(InvalidInputError, match=r"has another checkpoint; pass --overwrite"):
+        s2q.push(checkpoint, repo=REPO)
+    assert stored(hub) == before
+    report = s2q.push(checkpoint, repo=REPO, overwrite=True)
+    assert report.deleted == ("s2q/eval.json", "videos/000-a.mp4")
+    assert set(stored(hub)) == set(report.files) | {".gitattributes"}
+
+
+def test_a_branch_is_another_revision(hub, checkpoint, measured):
+    s2q.push(checkpoint, repo=REPO, **measured)
+    main = stored(hub)
+    report = s2q.push(checkpoint, repo=f"{REPO}@v2")
+    assert (report.branch, report.commit) == ("v2", hub.repos[REPO].branches["v2"])
+    assert "videos/000-a.mp4" not in stored(hub, revision="v2")
+    assert stored(hub) == main
+
+
+def test_a_dry_run_writes_nothing(hub, checkpoint):
+    report = s2q.push(checkpoint, repo=REPO, dry_run=True)
+    assert (report.commit, hub.repos) == (None, {})
+    assert {method for method, _ in hub.requests} == {"GET"}
+
+
+@pytest.mark.parametrize("files", [{"model.bin": b"x"}, {"s2q/manifest.json": None, "notes.txt": b"x"}])
+def test_a_repository_with_other_files_is_refused(hub, checkpoint, files):
+    s2q.push(checkpoint, repo=REPO)
+    repo = hub.repos[REPO]
+    content = dict(repo.files("main")) if None in files.values() else {}
+    repo.commit("main", content | {name: file for name, file in files.items() if file is not None})
+    before = stored(hub)
+    with pytest.raises(InvalidInputError, match=r"has files that s2q did not write \((model.bin|notes.txt)\)"):
+        s2q.push(checkpoint, repo=REPO, overwrite=True)
+    assert stored(hub) == before
+
+
+def test_a_public_repository_must_be_meant(hub, checkpoint):
+    hub.repos[REPO] = Repo(private=False)
+    with pytest.raises(InvalidInputError, match="exists and is public; pass --public"):
+        s2q.push(checkpoint, repo=REPO)
+    assert not s2q.push(checkpoint, repo=REPO, private=False).private
+
+
+def test_a_commit_in_between_is_noticed(hub, checkpoint, monkeypatch):
+    from s2q.exports import push
+
+    s2q.push(checkpoint, repo=REPO)
+    write = push.write_model
+
+    def late(*args, **kwargs):
+        hub.repos[REPO].commit("main", {"README.md": b"edited on the Hub"})
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(push, "write_model", late)
+    with pytest.raises(InvalidInputError, match="was changed meanwhile"):
+        s2q.push(checkpoint, repo=REPO, overwrite=True, message="again")
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [("hf_wrong", "the Hub refuses the token"), (READ_ONLY, "may not write to acme"), ("", "got no token of the Hub")],
+)
+def test_tokens_that_do_not_do(hub, checkpoint, monkeypatch, tmp_path, token, words):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(InvalidInputError, match=words):
+        s2q.push(checkpoint, repo=REPO)
+    assert hub.repos == {}
+
+
+def test_offline_is_refused_before_anything(checkpoint, capsys):
+    assert run(["push", str(checkpoint), REPO]) == 3
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_no_hub_is_one_line(hub, checkpoint, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(S2QError, match="cannot be reached"):
+        s2q.push(checkpoint, repo=REPO)
+
+
+@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "acme/x@", 5, "acme/--x"])
+def test_an_id_of_another_form_is_refused(hub, checkpoint, repo):
+    with pytest.raises(InvalidInputError, match=r"expected an id of the Hub|is no id of the Hub"):
+        s2q.push(checkpoint, repo=repo)
+
+
+def test_what_is_no_intact_checkpoint_is_refused(hub, checkpoint, tiny_model, tmp_path):
+    for source, words in (
+        (tiny_model, "is not an s2q checkpoint"),
+        ("shapes-wan", "is not an s2q checkpoint"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            s2q.push(source, repo=REPO)
+    copy = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    (copy / "model_index.json").write_text((copy / "model_index.json").read_text() + " ")
+    with pytest.raises(InvalidInputError, match=r"model_index\.json"):
+        s2q.push(copy, repo=REPO)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("evaluation", {"schema_version": 1, "model": "other", "metrics": {}}, "is of the model 'other'"),
+        ("evaluation", {"schema_version": 7, "metrics": {}}, "is no evaluation"),
+        ("videos", {"model": "other", "videos": []}, "is of the model 'other'"),
+        ("videos", {"model": "tiny-w4a8", "videos": [{"file": "gone.mp4", "prompt": "x"}]}, "has no mp4 files"),
+    ],
+)
+def test_evaluations_and_videos_of_others_are_refused(hub, checkpoint, measured, name, content, words):
+    file = measured["videos"] / "generation.json" if name == "videos" else measured["evaluation"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InvalidInputError, match=words):
+        s2q.push(checkpoint, repo=REPO, **measured)
+    assert hub.repos == {}
+
+
+def test_the_command_pushes_and_a_revision_is_loaded_from_the_hub(checkpoint, measured, tmp_path):
+    code = (
+        "import json, sys\n"
+        "from s2q.cli import run\n"
+        "codes = [run(command) for command in json.loads(sys.argv[1])]\n"
+        "print(codes, file=sys.stderr)"
+    )
+    push = ["push", str(checkpoint), REPO, "--eval", str(measured["evaluation"]), "--videos", str(measured["videos"])]
+    generate = ["--prompt", "a red circle", "--steps", "2", "-o", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    with hub_server() as (address, contents):
+        commands = [
+            [*push, "--json"],
+            ["push", str(checkpoint), f"{REPO}@v2"],
+            ["inspect", f"{REPO}@main", "--verify"],
+            ["generate", "-m", f"{REPO}@v2", *generate],
+        ]
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(commands)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0]", done.stderr
+    assert json.loads(done.stdout[: done.stdout.index("\n}\n") + 3])["repo"] == REPO
+    assert f"s2q generate -m {REPO}@v2 --prompt TEXT" in done.stderr
+    assert list((tmp_path / "out").glob("*.mp4"))
+    assert contents.repos[REPO].branches.keys() == {"main", "v2"}
