@@ -53,6 +53,18 @@ def test_eval(each_device, checkpoint, prompts, tmp_path):
         assert mean == metric["mean"] or mean == pytest.approx(metric["mean"], rel=0.1), name
 
 
+@pytest.mark.kernels
+def test_doctor(each_device, capsys):
+    assert run(["doctor", "--device", each_device, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    (device,) = content["devices"]
+    assert (device["name"], device["device"], device["memory_bytes"] > 0) == (each_device, "cuda", True)
+    rows = {row["backend"]: row for row in content["backends"]}
+    assert rows["triton"]["status"] == rows["reference"]["status"] == rows["fastest"]["status"] == "passed"
+    assert rows["triton"]["tests"] == 8
+    assert "expected one on the CPU" in rows["cpu"]["reason"]
+
+
 def compare(out, device, prompts, *arguments):
     reference = ["-m", runs.model_folder("cogvideox"), "--prompts", prompts, "--seeds", 1]
     succeed("compare", "rtn-w4a6", "rtn-w8a8", *reference, "-o", out, *SIZES, "--device", device, *arguments)
