@@ -46,7 +46,7 @@ def measured(checkpoint, tmp_path):
     record = {
         "schema_version": 1,
         "model": f"runs/{checkpoint.name}",
-        "metrics": {"psnr": metric, "reference_x": metric},
+        "metrics": {"psnr": metric, "reference_x": metric, "x": metric | {"mean": None}},
     }
     evaluation, videos = tmp_path / "eval.json", tmp_path / "videos"
     evaluation.write_text(json.dumps(record))
@@ -93,6 +93,7 @@ def test_the_card_has_the_id_the_measured_table_and_the_videos(hub, checkpoint, 
     assert f's2q generate -m {REPO} --prompt "…"' in text
     assert "| psnr | 34.25 | – | 35 | mean of frames, dB |" in text
     assert "reference_x" not in text
+    assert "| x |" not in text
     assert text.count("## Measured") == text.count("<Gallery />") == 1
     fields = front_matter(text)
     assert fields["widget"] == [{"text": 'a "red" circle', "output": {"url": "videos/000-a.mp4"}}]
@@ -107,6 +108,7 @@ def test_measured_again_replaces_the_table(measured, checkpoint):
 
     metrics = json.loads(measured["evaluation"].read_text())["metrics"]
     text = (checkpoint / "README.md").read_text()
+    metrics.pop("x")
     first = published_card(text, repo=REPO, has_base=False, metrics=metrics, videos={})
     second = published_card(first, repo=REPO, has_base=False, metrics={"ssim": metrics["psnr"]}, videos={})
     assert second == first.replace("| psnr |", "| ssim |").replace(
@@ -240,6 +242,11 @@ def test_what_is_no_intact_checkpoint_is_refused(hub, checkpoint, tiny_model, tm
     [
         ("evaluation", {"schema_version": 1, "model": "other", "metrics": {}}, "is of the model 'other'"),
         ("evaluation", {"schema_version": 7, "metrics": {}}, "is no evaluation"),
+        (
+            "evaluation",
+            {"schema_version": 1, "model": "tiny-w4a8", "metrics": {"psnr": {"mean": "3"}}},
+            "no evaluation",
+        ),
         ("videos", {"model": "other", "videos": []}, "is of the model 'other'"),
         ("videos", {"model": "tiny-w4a8", "videos": [{"file": "gone.mp4", "prompt": "x"}]}, "has no mp4 files"),
     ],

@@ -187,10 +187,22 @@ def _metrics_of(path: Path, folder: Path) -> dict[str, Any]:
     remedy = f"make it with s2q eval -m {folder.name} --reference MODEL -o eval.json"
     content = read_json(path, remedy=remedy)
     metrics = content.get("metrics")
-    if content.get("schema_version") != EVALUATION_VERSION or not isinstance(metrics, dict):
+    is_evaluation = content.get("schema_version") == EVALUATION_VERSION and isinstance(metrics, dict)
+    if not is_evaluation or not all(_is_metric(value) for value in metrics.values()):
         raise InvalidInputError(f"{path}: is no evaluation; {remedy}")
     _check_model(path, content, folder, remedy)
-    return {name: value for name, value in metrics.items() if not name.startswith("reference_")}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith("reference_") and value["mean"] is not None
+    }
+
+
+def _is_metric(value: Any) -> bool:
+    """Tell whether a value has what the table shows."""
+    if not isinstance(value, dict) or not isinstance(value.get("definition"), str):
+        return False
+    return all(isinstance(value.get(name, ""), int | float | None) for name in ("mean", "low", "high"))
 
 
 def _captions_of(videos: Path, folder: Path) -> dict[Path, str]:
