@@ -292,6 +292,7 @@ def test_the_command_pushes_and_a_revision_is_loaded_from_the_hub(checkpoint, me
             check=False,
         )
     assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0]", done.stderr
+    assert "LFS files:" not in done.stderr  # no bars in a log
     assert json.loads(done.stdout[: done.stdout.index("\n}\n") + 3])["repo"] == REPO
     assert f"s2q generate -m {REPO}@v2 --prompt TEXT" in done.stderr
     assert list((tmp_path / "out").glob("*.mp4"))

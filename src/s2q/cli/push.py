@@ -24,11 +24,15 @@ def push(
     as_json: options.AsJson = False,
 ) -> None:
     """Push a checkpoint to the Hub, private by default."""
+    from huggingface_hub.utils import disable_progress_bars
+
     from s2q.cli import console, output
     from s2q.exports.push import push as run
     from s2q.report.formatting import format_bytes
 
     console.quiet_libraries()
+    if not console.stderr.is_terminal:
+        disable_progress_bars()
     with console.progress() as report:
         result = run(
             model,
