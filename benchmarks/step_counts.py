@@ -80,7 +80,7 @@ def count(recipe_name: str) -> dict[str, dict[str, float]]:
             counts["student"].append(tuple(figure / len(samples) for figure in per_pass))
             counts["step"].append(counted(partial(optimization.step, sample)))
         tokens = sample.inputs["hidden_states"].shape[1]
-        workload = Workload(tokens=tokens, frames=1, text_tokens=text, branches=1, rows=1, component_bytes=None)
+        workload = Workload(tokens=tokens, frames=1, text_tokens=text, branches=1, rows=1, components=None)
         shape = block_shapes({"transformer": subject.transformer}, linears, workload)[0]
         values = sum(features * rows for features, rows in (*shape.inputs, *shape.outputs))
         sizes.append((sum(shape.weights), values, len(shape.weights)))

@@ -77,7 +77,7 @@ def subject_of(name: str, tokens: int) -> Iterator[tuple[Subject, Workload]]:
         text_tokens=model.text_tokens,
         branches=1,
         rows=1,
-        component_bytes=None,
+        components=None,
     )
     yield subject, workload
 

@@ -185,7 +185,7 @@ def planned_bytes(case: Case) -> int:
     model = case.model
     transformer = model.meta_transformer(blocks=1)
     workload = Workload(
-        tokens=case.tokens, frames=model.frames, text_tokens=model.text_tokens, branches=1, rows=1, component_bytes=None
+        tokens=case.tokens, frames=model.frames, text_tokens=model.text_tokens, branches=1, rows=1, components=None
     )
     shapes = block_shapes({TRANSFORMERS[0]: transformer}, block_linears(transformer, model.family), workload)
     shape = shapes[model.block_lists.index(case.block_list)]

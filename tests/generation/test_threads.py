@@ -153,10 +153,8 @@ def test_components_of_every_family_are_locked(name):
 def test_defaults_are_those_of_the_pipeline_while_another_thread_generates(asked):
     pipe = tiny_pipeline("hunyuanvideo 1.5", num_layers=1)
     group, resolved = Calibration(**video_size(pipe), steps=2), []
-    expected = workload_of(pipe, group, recommended={}, component_bytes=0)
-    other = threading.Thread(
-        target=lambda: resolved.append(workload_of(pipe, group, recommended={}, component_bytes=0))
-    )
+    expected = workload_of(pipe, group, recommended={}, components={})
+    other = threading.Thread(target=lambda: resolved.append(workload_of(pipe, group, recommended={}, components={})))
 
     def step_done():
         if other.ident is None:

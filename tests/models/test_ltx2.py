@@ -41,7 +41,7 @@ def test_a_step_is_one_call_of_one_or_two_branches(pipe, weight, branches):
 
 
 def test_the_tokens_of_the_sound_are_planned(pipe):
-    workload = workload_of(pipe, Calibration(**video_size(pipe), steps=2), recommended={}, component_bytes=None)
+    workload = workload_of(pipe, Calibration(**video_size(pipe), steps=2), recommended={}, components=None)
     trajectory = record_trajectory(pipe, ["red"], seeds=[0], settings=settings_of(pipe))
     inputs = trajectory.calls[0].inputs
     assert workload.audio_tokens == inputs["audio_hidden_states"].shape[1] == 9

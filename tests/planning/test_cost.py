@@ -174,7 +174,7 @@ def test_the_embedded_model_is_planned_from_its_configuration():
 
 def test_activations_are_as_wide_as_the_video_where_the_text_is_narrower():
     transformers = {"transformer": tiny_pipeline("mochi").transformer}
-    workload = Workload(tokens=1000, frames=5, text_tokens=8, branches=2, rows=2, component_bytes=0)
+    workload = Workload(tokens=1000, frames=5, text_tokens=8, branches=2, rows=2, components={})
     recipe = load_recipe("s2q-w4a6", overrides=["calibration.samples=1", "calibration.branches=conditional"])
     planned = plan_transformers(
         transformers,
@@ -196,7 +196,9 @@ def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
     monkeypatch.setattr(Machine, "process_bytes", 10**9)
     transformers, others = {"transformer": tiny_pipeline("cogvideox").transformer}, 10**8
     sizes, loaded = tensor_sizes(transformers), load_recipe(recipe)
-    workload = Workload(tokens=12, frames=3, text_tokens=8, branches=2, rows=2, component_bytes=others)
+    workload = Workload(
+        tokens=12, frames=3, text_tokens=8, branches=2, rows=2, components={"vae": PartBytes.of(others)}
+    )
     fresh, held = (
         plan_transformers(
             transformers,

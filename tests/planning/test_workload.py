@@ -25,14 +25,14 @@ class OwnPipeline(CogVideoXPipeline):
 
 
 def workload(pipe):
-    return workload_of(pipe, Calibration(**SIZES), recommended={}, component_bytes=7)
+    return workload_of(pipe, Calibration(**SIZES), recommended={}, components={})
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["diffusers", "derived"])
 def test_the_tokens_of_a_pipeline_and_of_one_derived_from_it(own):
     pipe = tiny_pipeline("cogvideox")
     pipe = OwnPipeline(**pipe.components) if own else pipe
-    expected = Workload(tokens=3 * 1 * 1, frames=3, text_tokens=16, branches=2, rows=2, component_bytes=7)
+    expected = Workload(tokens=3 * 1 * 1, frames=3, text_tokens=16, branches=2, rows=2, components={})
     assert replace(workload(pipe), generation={}) == expected
 
 
@@ -45,16 +45,16 @@ def test_branches_that_are_called_one_by_one():
 def test_without_guidance_one_branch_is_planned(name):
     pipe = tiny_pipeline(name)
     group = Calibration(**video_size(pipe), guidance_scale=1, steps=4)
-    without = workload_of(pipe, group, recommended={"guidance_scale": 5.0}, component_bytes=0)
+    without = workload_of(pipe, group, recommended={"guidance_scale": 5.0}, components={})
     assert (without.branches, without.rows, without.steps) == (1, 1, 4)
-    with_guidance = workload_of(pipe, replace(group, guidance_scale=5), recommended={}, component_bytes=0)
+    with_guidance = workload_of(pipe, replace(group, guidance_scale=5), recommended={}, components={})
     assert with_guidance.branches == (1 if name == "hunyuanvideo" else 2)
 
 
 def test_the_plan_of_a_family_has_its_generation_settings():
     pipe = tiny_pipeline("wan")
     group = Calibration(**SIZES, shift=8, negative_prompt="ugly", max_sequence_length=64)
-    planned = workload_of(pipe, group, recommended={}, component_bytes=0)
+    planned = workload_of(pipe, group, recommended={}, components={})
     assert planned.text_tokens == 64
     assert planned.generation == SIZES | {
         "num_inference_steps": 50,
@@ -95,7 +95,7 @@ def test_a_distilled_model_with_guidance_is_a_warning(name, scale, warns, caplog
     options = [f"calibration.{key}={value}" for key, value in (SIZES | {"guidance_scale": scale}).items()]
     recipe, names = load_recipe("s2q-w4a6", overrides=options), ("a-model", f"someone/{name}")
     with caplog.at_level(logging.WARNING):
-        workload_of_recipe(tiny_pipeline("wan"), recipe, names=names, recommended={}, component_bytes=0)
+        workload_of_recipe(tiny_pipeline("wan"), recipe, names=names, recommended={}, components={})
     assert ("looks step-distilled" in caplog.text) is warns
     assert ("--guidance-scale 1" in caplog.text) is warns
 
@@ -119,7 +119,7 @@ def test_max_tokens_takes_frames_and_then_their_size(most, frames, side):
     pipe, sizes = tiny_pipeline("cogvideox rotary"), {"num_frames": 33, "height": 32, "width": 32}
     settings = calibration_settings(pipe, Calibration(**sizes, max_tokens=most), recommended={})
     assert (settings.num_frames, settings.height, settings.width) == (frames, side, side)
-    found = workload_of(pipe, Calibration(**sizes, max_tokens=most), recommended={}, component_bytes=0)
+    found = workload_of(pipe, Calibration(**sizes, max_tokens=most), recommended={}, components={})
     assert found.tokens <= most
 
 

@@ -95,7 +95,7 @@ def source_tokens(source: ModelSource) -> tuple[int, int]:
     """Return the video tokens, and the tokens of text and image, of the video that a pipeline's makers recommend."""
     pipe, workload = source.meta_pipeline(source.meta_transformers()), None
     if pipe is not None:
-        workload = workload_of(pipe, Calibration(), recommended=recommended_for(source), component_bytes=None)
+        workload = workload_of(pipe, Calibration(), recommended=recommended_for(source), components=None)
     if workload is None:
         raise UsageError(f"{source.name}: its configuration does not define the number of video tokens; pass --tokens")
     return workload.tokens, workload.conditioning_tokens

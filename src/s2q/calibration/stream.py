@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.hooks import capture_calls, first_not_finite
-from s2q.common.memory import on_device, release_page_locked, to_device
+from s2q.common.memory import on_device, outside, paged, release_page_locked, to_device
 from s2q.common.progress import Tick
 from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
@@ -45,6 +45,7 @@ class TeacherStream:
         component: Which transformer of the pipeline it is, for messages.
         tokens: How the transformer makes tokens of its arguments; None if nothing needs their positions.
         prefix: Of the names of files, where several streams share the folder.
+        pages: Whether blocks that run before the one at hand are on the device one at a time (group offload).
     """
 
     def __init__(
@@ -64,13 +65,14 @@ class TeacherStream:
         component: str = TRANSFORMERS[0],
         tokens: TokenLayout | None = None,
         prefix: str = "",
+        pages: bool = False,
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names = calls, list(names)
         self.steps, self.timesteps = tuple(steps), timesteps
         self.family, self.device, self.prefix = family, device, prefix
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
-        self.page_out, self.component, self.tokens = page_out, component, tokens
+        self.page_out, self.component, self.tokens, self.pages = page_out, component, tokens, pages
         self._moving = self.store("stream")
         self._grids: list[TokenGrid] = []
         self._fixed: list[dict[str, Any]] = []
@@ -147,7 +149,12 @@ class TeacherStream:
         self._moving.clear()
         self._fixed, self._conditioning, self._grids = [], [], []
         distinct = _Distinct()
-        with on_device(_outside(self.transformer, self.block_names[block:]), self.device):
+        blocks = [self.transformer.get_submodule(name) for name in self.block_names]
+        paged_blocks = blocks[:block] if self.pages else []
+        with (
+            on_device(outside(self.transformer, [*paged_blocks, *blocks[block:]]), self.device),
+            paged(paged_blocks, self.device),
+        ):
             for sample, call in enumerate(self.calls):
                 arguments = to_device(call(), self.device)
                 if self.tokens is not None:
@@ -212,12 +219,6 @@ class _Distinct:
                 return tensor
         held.append(value)
         return value
-
-
-def _outside(transformer: nn.Module, block_names: Sequence[str]) -> list[nn.Module]:
-    """The modules that run before the first of some blocks and after the last one."""
-    blocks = tuple(f"{name}." for name in block_names)
-    return [module for name, module in transformer.named_modules() if not f"{name}.".startswith(blocks)]
 
 
 def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from s2q.common.devices import default_dtype
 from s2q.common.errors import InvalidInputError
 from s2q.common.memory import page_out, tensors_of
 from s2q.core.tokens import TokenLayout
+from s2q.generation.offload import model_parts
 from s2q.models import Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
 from s2q.models.quantized import already_quantized, full_precision_origin, quantization_method
@@ -27,7 +28,7 @@ from s2q.models.timesteps import mean_timestep_row
 from s2q.planning.cost import Workload
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.planning.text_encoders import check_encoder
-from s2q.planning.workload import source_names, workload_of_recipe
+from s2q.planning.workload import loaded_components, source_names, workload_of_recipe
 from s2q.recipes.schema import Recipe
 from s2q.shapes import embedded
 
@@ -125,7 +126,7 @@ class Teacher:
     @property
     def parts(self) -> list[nn.Module]:
         """The components of the pipeline that have weights."""
-        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return list(model_parts(self.pipe).values())
 
     @property
     def modules(self) -> Iterator[nn.Module]:
@@ -236,14 +237,12 @@ def _of_component(linears: Sequence[LinearPlan], component: str) -> tuple[Linear
 def _workload(
     pipe: DiffusionPipeline, folder: Path | None, recipe: Recipe, *, names: Sequence[str], warn: bool
 ) -> Workload | None:
-    transformers = set(transformers_of(pipe).values())
-    others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part not in transformers]
     return workload_of_recipe(
         pipe,
         recipe,
         names=names,
         recommended=recommended_generation(folder),
-        component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
+        components=loaded_components(pipe),
         warn=warn,
     )
 

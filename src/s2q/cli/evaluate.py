@@ -54,6 +54,7 @@ def evaluate(
     devices: options.Devices = None,
     engine: options.EngineName = "processes",
     ray_address: options.RayAddress = None,
+    offload: options.OffloadName = "auto",
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -100,6 +101,7 @@ def evaluate(
             devices=devices or None,
             engine=engine,
             ray_address=ray_address,
+            offload=offload,
             video_done=judges.keep_for(planned),
             progress=report,
         )

@@ -45,6 +45,7 @@ def generate(
     devices: options.Devices = None,
     engine: options.EngineName = "processes",
     ray_address: options.RayAddress = None,
+    offload: options.OffloadName = "auto",
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -82,6 +83,7 @@ def generate(
             devices=devices or None,
             engine=engine,
             ray_address=ray_address,
+            offload=offload,
             progress=report,
         )
         rate = fps or frame_rate_of(source)

@@ -128,6 +128,10 @@ MemoryBudget = Annotated[
         metavar="SIZE",
     ),
 ]
+OffloadName = Annotated[
+    Literal["auto", "none", "model", "group"],
+    typer.Option("--offload", help="Offload of a model that a GPU is too small for: by component, or by block."),
+]
 AttentionBackend = Annotated[
     str | None, name_option("--attention", help="Attention backend of diffusers. Default: PyTorch.")
 ]

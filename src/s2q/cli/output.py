@@ -131,8 +131,8 @@ def _broken(model: str) -> str:
 
 
 def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
-    """Notes on time, on the memory of calibration, and on stages that do not fit."""
-    device, cost, notes = plan["device"], plan["calibration"], []
+    """Notes on time, on the memory of calibration, and on whether it fits."""
+    cost, notes = plan["calibration"], []
     if (time := plan["estimate"]) is not None:
         flop = sum(stage["flop"] or 0 for stage in plan["stages"])
         notes.append(
@@ -163,16 +163,31 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
         if attention["flop"]:
             share = f", {attention['quantized_flop']:.2g} of the {attention['flop']:.2g} FLOP of attention in a call"
         notes.append(_attention_line(attention["modules"]) + share)
-    there = device["memory_bytes"]
-    for stage in plan["stages"]:
-        needed = stage["peak_memory_bytes"]
-        if needed is not None and there is not None and needed > there:
-            notes.append(
-                f"Does not fit: {stage['name']} needs {format_bytes(needed)} on {device['name']}, which has "
-                f"{format_bytes(there)}; calibrate on smaller videos, or use a larger device"
-            )
-            break
-    return notes
+    return [*notes, *_fit_notes(plan)]
+
+
+_OFFLOADED = {
+    "none": "",
+    "model": ", with one component at a time on the device (offload by model)",
+    "group": ", with one block of its transformers and text encoders at a time on the device (offload by group)",
+}
+
+
+def _fit_notes(plan: Mapping[str, Any]) -> list[str]:
+    """Whether a plan fits its device, and with which offload, or what would fit; nothing where that is not known."""
+    device, there = plan["device"], plan["device"]["memory_bytes"]
+    peaks = {stage["name"]: stage["peak_memory_bytes"] for stage in plan["stages"]}
+    if there is None or None in peaks.values():
+        return []
+    for name, needed in peaks.items():
+        if needed > there:
+            fitting = plan["fitting_tokens"]
+            remedy = "calibrate on smaller videos" if fitting is None else f"set calibration.max_tokens={fitting}"
+            return [
+                f"Does not fit: {name} needs {format_bytes(needed)} on {device['name']}, which has "
+                f"{format_bytes(there)}; {remedy}, or use a larger device"
+            ]
+    return [f"Fits in {format_bytes(there)}: yes{_OFFLOADED[plan['offload'] or 'none']}"]
 
 
 def _generation_line(generation: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ def plan(
         typer.Option("--device-memory", help="Plan for a device with this much memory, e.g. 24GB.", metavar="SIZE"),
     ] = None,
     memory_budget: options.MemoryBudget = None,
+    offload: options.OffloadName = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Run a slice of the work on this device to estimate the time.")
     ] = False,
@@ -81,6 +82,7 @@ def plan(
         "memory_budget": budget,
         "dtype": dtype,
         "variant": variant,
+        "offload": offload,
     }
     source = _with_loras(model, variant, loras) if loras else model
     if recipes:
@@ -126,7 +128,9 @@ def _measured(
             planned,
             resolve_model(model, variant=arguments["variant"]),
             load_recipe(recipe, overrides=arguments["overrides"]),
-            machine=this_machine(arguments["device"], memory_budget=arguments["memory_budget"]),
+            machine=this_machine(
+                arguments["device"], memory_budget=arguments["memory_budget"], offload=arguments["offload"]
+            ),
             prompts=prompts,
             dtype=arguments["dtype"],
             progress=report,

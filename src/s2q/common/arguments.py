@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 from s2q.common.device_names import is_device_name
 from s2q.common.devices import check_device
-from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+from s2q.common.errors import InvalidInputError, UsageError, short_repr, unknown_name
+from s2q.common.memory import Offload
 
 _T = TypeVar("_T")
 MAX_SEED = 2**63 - 1
@@ -50,6 +51,17 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise unknown_name("dtype", name, DTYPES)
     return DTYPES[name]
+
+
+def offload_name(offload: Any, *, device: str) -> Offload | Literal["auto"]:
+    """Return a way to offload a pipeline (`generation.offload`) or "auto"; a CPU has nothing to offload to."""
+    known: tuple[Offload | Literal["auto"], ...] = ("auto", *get_args(Offload))
+    for name in known:
+        if offload == name:
+            if name in ("model", "group") and torch.device(device).type == "cpu":
+                raise UsageError(f"offload={name} (--offload): {device} computes in host memory; use auto or none")
+            return name
+    raise unknown_name("offload", offload, known)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

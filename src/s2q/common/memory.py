@@ -10,14 +10,17 @@ import functools
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+Offload = Literal["none", "model", "group"]
+"""How a pipeline is on a device that may be too small for it; see `generation.offload`."""
 
 _MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; the contents stay, whatever they are backed by
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -72,6 +75,75 @@ def on_device(modules: Iterable[nn.Module], device: str, *, offload: bool = Fals
     finally:
         for slot, name, tensor in before:
             slot[name] = tensor
+
+
+def outside(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules within a module that are in none of some blocks of it."""
+    inside = {inner for block in blocks for inner in block.modules()}
+    return [inner for inner in module.modules() if inner not in inside]
+
+
+@contextmanager
+def paged(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
+    """Have blocks that are called in this order, again and again, on a device one at a time (group offload).
+
+    A block is copied there before it is called. A GPU copies the next one on a stream of its own meanwhile, so that it
+    holds two at most; another order costs waiting, nothing else.
+    """
+    pager = _Pager(blocks, device)
+    with ExitStack() as stack:
+        stack.callback(pager.close)
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(functools.partial(pager.enter, index)).remove)
+            stack.callback(block.register_forward_hook(functools.partial(pager.leave, index)).remove)
+        yield
+
+
+class _Pager:
+    """The copies of the block at hand, of the one before until it has been computed, and of the next.
+
+    All are allocated on the stream of copies. Memory of a block is released after the host has waited for its end, so
+    that no copy overwrites what is still read.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: str) -> None:
+        self._blocks, self._device = blocks, device
+        is_gpu = torch.device(device).type == "cuda"
+        self._copies = torch.cuda.Stream(device) if is_gpu else None
+        self._here: dict[int, ExitStack] = {}
+        self._started: torch.cuda.Event | None = None
+
+    def enter(self, index: int, *_: Any) -> None:
+        """Have a block on the device, before it is called."""
+        if index not in self._here:
+            self.close()
+            self._copy(index)
+        if self._copies is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_stream(self._copies)
+            self._started = stream.record_event()
+
+    def leave(self, index: int, *_: Any) -> None:
+        """Copy the next block, once the one before the called one has been computed."""
+        if self._started is None:
+            return
+        self._started.synchronize()
+        for other in self._here.keys() - {index}:
+            self._here.pop(other).close()
+        self._copy((index + 1) % len(self._blocks))
+
+    def close(self) -> None:
+        """Take all blocks from the device, once they have been computed."""
+        if self._here and self._copies is not None:
+            torch.cuda.synchronize(self._device)
+        while self._here:
+            self._here.popitem()[1].close()
+
+    def _copy(self, index: int) -> None:
+        if index not in self._here:
+            stack = self._here[index] = ExitStack()
+            with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
+                stack.enter_context(on_device(self._blocks[index].modules(), self._device))
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:

@@ -76,6 +76,7 @@ def compare(
     devices: Sequence[str] | None = None,
     engine: str = "processes",
     ray_address: str | None = None,
+    offload: str = AUTO,
     resume: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -124,6 +125,7 @@ def compare(
         loras=arguments.path_list("loras", loras),
         verify=optional(arguments.flag, "verify", verify),
         workers=where,
+        offload=arguments.offload_name(offload, device=where.device),
         resume=arguments.flag("resume", resume),
         overwrite=arguments.flag("overwrite", overwrite),
         dry_run=arguments.flag("dry_run", dry_run),
@@ -207,6 +209,7 @@ def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, re
                 engine=workers.engine,
                 ray_address=workers.ray_address,
                 dtype=settings.dtype,
+                offload=settings.offload,
                 resume=settings.resume,
                 overwrite=folder.checkpoint(entry.label).exists(),
             )
@@ -266,7 +269,8 @@ def _evaluate(
     if not shards:
         return {}
     workers = settings.workers
-    most = models_that_fit((setup.source,), workers.device) if workers.is_cpu else None
+    room = models_that_fit((setup.source,), workers.device) if workers.is_cpu else None
+    most = None if room is None else max(1, room)
     total = sum(steps_of(plan, shard, setup.batch_size) for shard in shards)
     done = 0
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SHARD_PROMPTS = 8
 """Prompts that are evaluated together; results do not depend on how many workers share the shards."""
 
-_NOT_COMMON = ("entries", "paths", "variant", "loras", "verify")
+_NOT_COMMON = ("entries", "paths", "variant", "loras", "verify", "offload")
 _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
 
 
@@ -66,6 +66,7 @@ class CompareSettings:
     loras: tuple[str, ...]
     verify: bool | None
     workers: Workers
+    offload: str
     resume: bool
     overwrite: bool
     dry_run: bool
@@ -90,7 +91,7 @@ class RunPlan:
         calibration_prompts: None means the model's own.
         entries: What each entry's results depend on, by label.
         paths: What checkpoints are loaded by, by label; no result depends on it, nor on `variant`, `loras`
-            (their contents are in `content`) and `verify`.
+            (their contents are in `content`), `verify` and `offload`.
     """
 
     model: str
@@ -111,6 +112,7 @@ class RunPlan:
     variant: str | None = None
     loras: tuple[str, ...] = ()
     verify: bool | None = None
+    offload: str = "auto"
 
     def source(self) -> ModelSource:
         """Return the full-precision model, with its adapters."""
@@ -208,6 +210,7 @@ def set_up(settings: CompareSettings) -> Setup:
             variant=settings.variant,
             loras=tuple(str(lora) for lora in source.loras),
             verify=settings.verify,
+            offload=settings.offload,
         ),
         source=source,
         entries=tuple(entries),
@@ -288,6 +291,7 @@ def _plans(
                 dry_run=True,
                 device=settings.device,
                 dtype=settings.dtype,
+                offload=settings.offload,
             )
             assert isinstance(result, Plan)
             check_memory(result)

@@ -90,6 +90,7 @@ def evaluate_shard(
         dtype=plan.dtype,
         variant=plan.variant,
         verify=plan.verify,
+        offload=plan.offload,
         lpips_weights=plan.judge("lpips"),
         clip=plan.judge("clip"),
     )

@@ -43,6 +43,7 @@ from s2q.generation.load import (
     models_that_fit,
     refuse_load_options,
 )
+from s2q.generation.offload import leaving_device
 from s2q.generation.prompts import check_distinct, prompt_list, prompt_record
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
@@ -109,6 +110,7 @@ def evaluate(
     devices: Sequence[str] | None = None,
     engine: str = "processes",
     ray_address: str | None = None,
+    offload: str = AUTO,
     video_done: VideoDone | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def evaluate(
         trajectory_bytes: Memory of a worker for recorded trajectories; the rest goes to a temporary folder.
         sensitivity: Number of prompts to measure each kind of linears alone on.
         workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`.
+        offload: What a GPU that is too small for a model by name has of it; see `s2q.load`.
         video_done: Called with the label of a model and each of its videos as it is generated.
 
     Returns:
@@ -154,6 +157,7 @@ def evaluate(
         clip=optional(arguments.path_argument, "clip", clip),
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
         device=where.device,
+        offload=arguments.offload_name(offload, device=where.device),
     )
     count = arguments.whole_number("sensitivity", sensitivity, least=0)
     seeds, texts = arguments.seed_numbers(seeds), optional(prompt_list, "prompts", prompts)
@@ -241,7 +245,7 @@ def _evaluate_shards(
     """Evaluate models by name, in as many workers as the memory has room for unless the user has said how many."""
     open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
     shards, room = shards_of(prompts), models_that_fit((model, reference), where.device)
-    count = where.planned(len(shards), most=room if where.is_cpu else None)
+    count = where.planned(len(shards), most=max(1, room) if where.is_cpu and room is not None else None)
     work = _ShardWork(
         model=model,
         reference=reference,
@@ -269,6 +273,8 @@ def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, work
     if len(sources) < 2:
         workers.check_alone("evaluate")
     if not sources:
+        if settings.offload != AUTO:
+            raise UsageError("evaluate: offload is for models by name or folder; load the pipelines with it")
         refuse_load_options("evaluate", dtype=settings.dtype, variant=settings.variant, verify=settings.verify)
     ours, theirs = (architecture_of(side, label=model_label(side)) for side in (model, reference))
     check_comparable(ours, theirs)
@@ -366,7 +372,8 @@ def judge_model(
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
             replay = replay or StageCounter(progress, "velocity", run.recordings.num_calls)
-            steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
+            with leaving_device(pipe):
+                steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         videos = _report_videos(videos_of(pipe, names, seeds, result), model, video_done)
         for video, errors in zip(videos, steps, strict=True):
             scores.append(judge_video(video, run.videos[len(scores)], errors, wanted=run.wanted, judges=run.judges))
@@ -460,7 +467,7 @@ def _resolved(model: Any, settings: EvaluationSettings, *, needs_variant: bool =
 def _open(model: Any, settings: EvaluationSettings, *, dtype: torch.dtype | str | None) -> Any:
     if not isinstance(model, ModelSource):
         return model
-    return load_pipeline(model, dtype=dtype, device=settings.device, verify=settings.verify)
+    return load_pipeline(model, dtype=dtype, device=settings.device, verify=settings.verify, offload=settings.offload)
 
 
 def _report_videos(videos: list[Video], model: Any, video_done: VideoDone | None) -> list[Video]:

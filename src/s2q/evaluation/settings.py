@@ -31,6 +31,7 @@ class EvaluationSettings:
     lpips_weights: Path | None = None
     clip: Path | None = None
     trajectory_bytes: int = TRAJECTORY_BYTES
+    offload: str = "auto"
 
     def open_judges(self) -> Judges:
         """Read the weights of the learned judges onto the device."""

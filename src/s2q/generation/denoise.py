@@ -26,6 +26,7 @@ from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
 from s2q.generation.conditioning import adapt_call, draws_noise
 from s2q.generation.exclusive import exclusive
+from s2q.generation.offload import leaving_device
 from s2q.generation.prompts import Prompt
 from s2q.generation.schedulers import scheduler_of
 from s2q.generation.settings import GenerationSettings, latent_channels, latent_frames, text_tokens, vae_factors
@@ -81,7 +82,8 @@ def denoise(
     assert len(prompts) == len(seeds)
     with exclusive(pipe):
         run = functools.partial(_run, pipe, prompts, seeds=seeds, settings=settings, decode=decode, steps=steps)
-        latents, decoded = run(step_done)
+        with leaving_device(pipe):
+            latents, decoded = run(step_done)
         for kind, values in (("latents", latents), ("frames", decoded)):
             if values is not None and not bool(torch.isfinite(values).all()):
                 videos = zip(prompts, seeds, values, strict=True)

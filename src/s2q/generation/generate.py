@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.common.arguments import model_argument, optional, path_list, seed_numbers, whole_number, word
+from s2q.common.arguments import model_argument, offload_name, optional, path_list, seed_numbers, whole_number, word
 from s2q.common.errors import UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
@@ -39,7 +39,7 @@ _BATCH_TOKENS = 4096
 _MAX_BATCH = 16
 LESS_MEMORY = (
     "use smaller or shorter videos (height, width, num_frames), fewer at once (batch_size), dtype bfloat16, or offload "
-    "(enable_model_cpu_offload of the pipeline)"
+    "more (--offload group; enable_group_offload of a loaded pipeline)"
 )
 """Remedy for lack of memory while generating."""
 
@@ -87,6 +87,7 @@ def generate(
     devices: Sequence[str] | None = None,
     engine: str = "processes",
     ray_address: str | None = None,
+    offload: str = AUTO,
     progress: Progress | None = None,
 ) -> list[Video]:
     """Generate one video for every prompt and seed.
@@ -108,6 +109,7 @@ def generate(
         devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
         engine: "processes" of this machine, or "ray".
         ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None takes `RAY_ADDRESS`, or starts Ray here.
+        offload: What a GPU that is too small for a model by name has of it; see `s2q.load`.
 
     Returns:
         The videos, prompt by prompt, each prompt's in the order of the seeds.
@@ -126,14 +128,20 @@ def generate(
     )
     batch_size = optional(whole_number, "batch_size", batch_size, least=1)
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
-    work = _BatchWork(dtype=dtype, verify=verify, backend=backend, attention_backend=attention_backend)
+    work = _BatchWork(
+        dtype=dtype,
+        verify=verify,
+        backend=backend,
+        attention_backend=attention_backend,
+        offload=offload_name(offload, device=where.device),
+    )
     if isinstance(model, str | Path | ModelSource):
         source = resolve_model(model, variant=optional(word, "variant", variant))
         source = with_loras(source, path_list("loras", loras))
         return _generate_named(work, source, requests, seeds, requested, batch_size, where, progress)
     refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
-    if backend != "auto" or attention_backend is not None or loras:
-        raise UsageError("generate: backends and loras are for models by name or folder; see s2q.load")
+    if backend != "auto" or attention_backend is not None or loras or offload != AUTO:
+        raise UsageError("generate: backends, loras and offload are for models by name or folder; see s2q.load")
     where.check_alone("generate")
     return _generate_loaded(work, model, requests, seeds, requested, batch_size, where, progress)
 
@@ -195,6 +203,7 @@ class _BatchWork:
     verify: bool | None
     backend: str
     attention_backend: str | None
+    offload: str
 
     def __call__(self, batch: _Batch, worker: Worker) -> list[Video]:
         """Generate a batch, its prompts and seeds; tells None after each step."""
@@ -213,6 +222,7 @@ class _BatchWork:
             verify=self.verify,
             backend=self.backend,
             attention_backend=self.attention_backend,
+            offload=self.offload,
         )
 
 

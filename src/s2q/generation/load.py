@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,22 @@ import torch
 
 from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
-from s2q.common.arguments import device_name, flag, model_argument, optional, parse_dtype, path_argument, word
+from s2q.common.arguments import (
+    device_name,
+    flag,
+    model_argument,
+    offload_name,
+    optional,
+    parse_dtype,
+    path_argument,
+    word,
+)
 from s2q.common.components import TRANSFORMERS, text_encoders_of, transformers_of
 from s2q.common.devices import default_dtype, device_memory_bytes
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.loading_errors import LESS_MEMORY
 from s2q.common.torch_state import in_fresh_torch_state
+from s2q.generation.offload import fitting_offload, offload_pipeline
 from s2q.models import ModelSource, resolve_model
 from s2q.models.lora import effect_of
 from s2q.nn import set_backend
@@ -24,6 +35,8 @@ from s2q.ops.dispatch import FP4
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 
 @memory_errors("loading a model", remedy=LESS_MEMORY)
@@ -37,6 +50,7 @@ def load_pipeline(
     verify: bool | None = None,
     backend: str = "auto",
     attention_backend: str | None = None,
+    offload: str = "none",
 ) -> DiffusionPipeline:
     """Load a pipeline.
 
@@ -53,6 +67,8 @@ def load_pipeline(
             see `s2q.nn.set_backend`.
         attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
             leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
+        offload: What a GPU has of the pipeline: "none" all, "model" one component at a time, "group" one block of a
+            transformer or text encoder at a time, "auto" the first that leaves 30 % of its memory free.
 
     Returns:
         The pipeline, its progress bar switched off.
@@ -65,6 +81,8 @@ def load_pipeline(
 
     model, device, dtype = model_argument("model", model), device_name(device), parse_dtype(dtype)
     check_backend(backend)
+    way = offload_name(offload, device=device)
+    where = device if way == "none" else "cpu"
     variant, verify = optional(word, "variant", variant), optional(flag, "verify", verify)
     if attention_backend is not None:
         check_attention_backend(attention_backend)
@@ -74,11 +92,17 @@ def load_pipeline(
         folder = source.complete_folder()
         config, *_ = checkpoint.read_configs(folder).values()
         wanted = dtype or default_dtype(getattr(torch, config.compute_dtype), device)
-        pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=device, verify=verify)
+        pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=where, verify=verify)
     else:
         _check_leftover_manifest(source.folder, verify=verify)
         wanted = dtype or default_dtype(source.stored_dtype(), device)
-        pipe = source.load_pipeline(dtype=wanted, device=device)
+        pipe = source.load_pipeline(dtype=wanted, device=where)
+    way = fitting_offload(pipe, device) if way == "auto" else way
+    if way == "none":
+        pipe = pipe.to(device)
+    else:
+        logger.info("%s: offload by %s, on %s", source.name, way, device)
+        offload_pipeline(pipe, device, offload=way)
     for encoder in text_encoders_of(pipe).values():  # their inputs are not quantized, so no product of them is in fp4
         set_backend(encoder, "auto" if backend == FP4 else backend)
     for transformer in transformers_of(pipe).values():
@@ -160,7 +184,7 @@ def is_checkpoint(source: ModelSource) -> bool:
 def models_that_fit(sources: Sequence[ModelSource], device: str) -> int | None:
     """Return how many times the weights of models fit into half of a device's memory; None if that is not known."""
     memory, weights = device_memory_bytes(device), sum(source.weight_bytes() for source in sources)
-    return None if memory is None or not weights else max(1, memory // (2 * weights))
+    return None if memory is None or not weights else memory // (2 * weights)
 
 
 def _check_leftover_manifest(folder: Path, *, verify: bool | None) -> None:

@@ -158,15 +158,15 @@ class ModelSource:
         full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
         return {"full_precision_bytes": full, "quantized_bytes": stored, "ratio": full / stored}
 
-    def component_bytes(self) -> int | None:
-        """Return the bytes of the stored weights of all components but transformers; None if none is there."""
+    def component_bytes(self) -> dict[str, int]:
+        """Return the bytes of the stored weights that are here of each component but transformers."""
         others = (component for component in self.component_classes if component not in self.transformer_configs)
-        sizes = [path.stat().st_size for component in others for path in self.weight_files(component) if path.is_file()]
-        return sum(sizes) if sizes else None
+        files = {component: [path for path in self.weight_files(component) if path.is_file()] for component in others}
+        return {component: sum(path.stat().st_size for path in paths) for component, paths in files.items() if paths}
 
     def weight_bytes(self) -> int:
         """Return the bytes of all stored weights that are here."""
-        return sum(tensor.num_bytes for tensor in self._headers().values()) + (self.component_bytes() or 0)
+        return sum(tensor.num_bytes for tensor in self._headers().values()) + sum(self.component_bytes().values())
 
     def stored_dtype(self) -> torch.dtype:
         """Return the same of a complete model, float32 if no file tells; for a Hub id, this downloads its weights."""

@@ -47,7 +47,10 @@ class SyntheticModel:
         frames: Tokens of it along time.
         batch: B of a call of the transformer.
         calls: Calls of the transformer in one denoising step.
+        components: Parameters of the pipeline's other components; those of text encoders with what is outside of their
+            layers and two of these.
         audio_tokens: Tokens of its sound; 0 without.
+        transformers: How many the pipeline has.
     """
 
     name: str
@@ -59,7 +62,9 @@ class SyntheticModel:
     text_tokens: int
     batch: int
     calls: int
+    components: Mapping[str, tuple[int, ...]] = field(repr=False)
     audio_tokens: int = 0
+    transformers: int = 1
 
     @property
     def label(self) -> str:

@@ -30,6 +30,7 @@ def compare_recipes(
     memory_budget: int | str | None = None,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    offload: str = "auto",
 ) -> list[dict[str, Any]]:
     """Plan recipes for a model; see `plan` for the arguments.
 
@@ -56,6 +57,7 @@ def compare_recipes(
                 memory_budget=memory_budget,
                 dtype=dtype,
                 variant=variant,
+                offload=offload,
             ).to_dict()
         except InvalidInputError as error:
             rows.append(row | {"refused": str(error)})

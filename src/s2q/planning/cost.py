@@ -16,14 +16,14 @@ of calibration, in functions below `BlockShape` in the model's dtype.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from s2q.common.components import split_name
 from s2q.common.devices import device_memory_bytes, host_memory_bytes, lifetime_peak_bytes
-from s2q.common.memory import page_locked_bytes
+from s2q.common.memory import Offload, page_locked_bytes
 from s2q.core.input_path import InputPath
 from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
@@ -83,6 +83,20 @@ _USABLE = 0.92
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartBytes:
+    """Weights of a component of a pipeline: all, and most that group offload has on a device at a time."""
+
+    whole: int
+    paged: int
+
+    @classmethod
+    def of(cls, whole: int, blocks: Sequence[int] = ()) -> Self:
+        """Return those of a component with blocks of so many bytes: two are there, and what is outside of blocks."""
+        largest = sorted(blocks)[-2:]
+        return cls(whole=whole, paged=whole - sum(blocks) + sum(largest))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Size of the calibration data.
 
@@ -93,7 +107,7 @@ class Workload:
         image_tokens: Tokens of an image beside those of the text; 0 without.
         rows: Samples in one call of the transformer: all branches, or one.
         steps: Denoising steps of a video.
-        component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
+        components: The pipeline's components besides transformers, which generate the samples too; None if unknown.
         generation: How the videos are generated, for people: `GenerationSettings` by name, scheduler and shift.
     """
 
@@ -102,7 +116,7 @@ class Workload:
     text_tokens: int
     branches: int
     rows: int
-    component_bytes: int | None
+    components: Mapping[str, PartBytes] | None
     steps: int = 50
     audio_tokens: int = 0
     image_tokens: int = 0
@@ -122,12 +136,14 @@ class Machine:
         memory_bytes: Memory of the device; None does not limit it.
         memory_budget: Host memory for activations of calibration.
         holds_weights: Whether this process has read the model's weights into memory of its own, where they stay.
+        offload: How samples are generated there; "auto" takes the first way that fits, see `peaks.chosen_offload`.
     """
 
     device: str
     memory_bytes: int | None
     memory_budget: int
     holds_weights: bool = False
+    offload: Offload | Literal["auto"] = "auto"
 
     @property
     def process_bytes(self) -> int:
@@ -334,7 +350,13 @@ def activation_memory(machine: Machine, step_bytes: int) -> int:
     return max(0, machine.memory_budget - (step_bytes if machine.is_host else 0))
 
 
-def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget: int | None = None) -> Machine:
+def this_machine(
+    device: str,
+    *,
+    memory_bytes: int | None = None,
+    memory_budget: int | None = None,
+    offload: Offload | Literal["auto"] = "auto",
+) -> Machine:
     """Describe the machine at hand, or one like it.
 
     The memory to plan for is that of the device if it is here, unless given; the budget is half of the host's memory,
@@ -345,6 +367,7 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
         device=device,
         memory_bytes=device_memory_bytes(device) if memory_bytes is None else memory_bytes,
         memory_budget=min(DEFAULT_MEMORY_BUDGET, half) if memory_budget is None else memory_budget,
+        offload=offload,
     )
 
 

@@ -44,6 +44,7 @@ def stage_work(
     dtype: torch.dtype,
     transformers: int,
     chained: bool,
+    paged_bytes: int = 0,
 ) -> dict[str, Work]:
     """Count the work of each stage of a run, by name; stages that are not counted are missing.
 
@@ -52,6 +53,7 @@ def stage_work(
         dtype: Compute dtype of the model.
         transformers: How many the pipeline has.
         chained: Whether each block is called with what the one before returned.
+        paged_bytes: Weights that each call of a transformer copies to the device (group offload).
     """
     if not recipe.calibrates:
         works = (_folding(linear) for linear in linears)
@@ -70,9 +72,11 @@ def stage_work(
             checkpointed=cost.gradient_checkpointing,
             epochs=epochs,
         )
-    reached = reaching_work(shapes, dtype, samples=cost.samples, chained=chained)
+    reached = reaching_work(shapes, dtype, samples=cost.samples, chained=chained, paged_bytes=paged_bytes)
     stages = {
-        "collect": collecting_work(shapes, recipe, workload=workload, dtype=dtype, transformers=transformers),
+        "collect": collecting_work(
+            shapes, recipe, workload=workload, dtype=dtype, transformers=transformers, paged_bytes=paged_bytes
+        ),
         "select": Work(),
         "blocks": sum((counted[shape] for shape in shapes), start=reached),
     }

@@ -175,11 +175,17 @@ def block_work(
     return total
 
 
-def reaching_work(shapes: Sequence[BlockShape], dtype: torch.dtype, *, samples: int, chained: bool) -> Work:
-    """Count what finds the inputs of all blocks: a pass of each, or a pass from the first block to each."""
+def reaching_work(
+    shapes: Sequence[BlockShape], dtype: torch.dtype, *, samples: int, chained: bool, paged_bytes: int = 0
+) -> Work:
+    """Count what finds the inputs of all blocks: a pass of each, or a pass from the first block to each.
+
+    The latter copies to the device what it has of `paged_bytes`, those of all blocks.
+    """
     passes = [1 if chained else len(shapes) - 1 - index for index in range(len(shapes))]
     works = (forward_work(shape, dtype) * (samples * count) for shape, count in zip(shapes, passes, strict=True))
-    return sum(works, start=Work())
+    paged = 0 if chained else paged_bytes * samples * sum(passes) / len(shapes)
+    return sum(works, start=Work(transfer=paged))
 
 
 def _in_tf32(work: Work) -> Work:
@@ -188,10 +194,20 @@ def _in_tf32(work: Work) -> Work:
 
 
 def collecting_work(
-    shapes: Sequence[BlockShape], recipe: Recipe, *, workload: Workload, dtype: torch.dtype, transformers: int
+    shapes: Sequence[BlockShape],
+    recipe: Recipe,
+    *,
+    workload: Workload,
+    dtype: torch.dtype,
+    transformers: int,
+    paged_bytes: int = 0,
 ) -> Work:
-    """Count the generation of candidates: each denoising step calls one of the transformers."""
+    """Count the generation of candidates: each denoising step calls one of the transformers, for each branch or once.
+
+    A call copies `paged_bytes` to the device.
+    """
     once = sum((forward_work(shape, dtype) for shape in shapes), start=Work()) * (workload.branches / transformers)
+    once += Work(transfer=paged_bytes * workload.branches / workload.rows)
     prompts, steps = recipe.calibration.n_prompts, workload.steps
     chosen = known_samples(recipe.calibration, {"": steps}, prompts=prompts, seed=0)
     return once * sum(recorded_steps(chosen, prompts=prompts, steps=steps))

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2q.common.arguments import device_name, model_argument, optional, parse_dtype, word
+from s2q.common.arguments import device_name, model_argument, offload_name, optional, parse_dtype, word
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.log import log_once
+from s2q.common.memory import Offload
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, EncoderStorage, LinearStorage, parse_bytes
@@ -35,13 +36,12 @@ from s2q.planning.cost import (
     Workload,
     block_shapes,
     calibration_cost,
-    forward_bytes,
-    nearest_bytes,
     this_machine,
 )
 from s2q.planning.estimate import TimeEstimate, stage_work, time_estimate
 from s2q.planning.flop import Work
 from s2q.planning.gpus import Rates, gpu
+from s2q.planning.peaks import fitting_tokens, stage_peaks, transformer_parts
 from s2q.planning.resolve import LinearPlan, allocation_bytes, quantized_attention, recipe_linears, resolve
 from s2q.planning.text_encoders import plan_encoders
 from s2q.planning.widths import PlannedWidths, device_products, planned_widths
@@ -131,6 +131,9 @@ class Plan:
         estimate: Its time, if it is planned for a GPU by name; None otherwise.
         widths: The recipe's width among those that the device multiplies; None if these are not known.
         text_encoders: Those that the recipe quantizes, with their bytes; `storage` does not count them.
+        offload: How the calibration videos are generated, "none", "model" or "group" (`generation.offload`); None as
+            for `calibration`.
+        fitting_tokens: Where the run does not fit the device, the most video tokens that would; None if none do.
         generation: How the calibration videos are generated: sizes, steps, scheduler and its shift, guidance and its
             `branches`, what else is set; None as for `calibration`.
     """
@@ -150,6 +153,8 @@ class Plan:
     widths: PlannedWidths | None = None
     generation: Mapping[str, Any] | None = None
     text_encoders: tuple[EncoderStorage, ...] = ()
+    offload: Offload | None = None
+    fitting_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -168,6 +173,7 @@ def plan(
     memory_budget: int | str | None = None,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    offload: str = "auto",
 ) -> Plan:
     """Plan a run without loading weights.
 
@@ -181,6 +187,7 @@ def plan(
         memory_budget: Host memory for the activations of calibration; see `s2q.quantize`.
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         variant: Variant of the weights, "fp16".
+        offload: How calibration videos are generated on a device that is too small; see `s2q.quantize`.
 
     Returns:
         Layers, storage, memory and stages of the run.
@@ -195,10 +202,12 @@ def plan(
         rates = gpu(device)
         device, device_memory = "cuda", rates.memory_bytes if device_memory is None else device_memory
     memory = None if device_memory is None else parse_bytes(device_memory, option="device_memory")
+    device = device_name(device, check=memory is None)
     machine = this_machine(
-        device_name(device, check=memory is None),
+        device,
         memory_bytes=memory,
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
+        offload=offload_name(offload, device=device),
     )
     validated = load_recipe(recipe, overrides=overrides)
     return plan_model(model, validated, machine=machine, dtype=dtype, variant=variant, rates=rates)
@@ -220,7 +229,7 @@ def plan_model(
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, dtype or torch.bfloat16
-        transformers = {TRANSFORMERS[0]: _synthetic_transformer(synthetic.name)}
+        transformers = dict.fromkeys(TRANSFORMERS[: synthetic.transformers], _synthetic_transformer(synthetic.name))
         workload = workload_of_synthetic(synthetic, recipe)
         if recipe.text_encoder is not None:
             log_once(
@@ -286,28 +295,29 @@ def plan_transformers(
         attention: Full names of the attention modules that the recipe quantizes, `quantized_attention`.
         text_encoders: What `plan_encoders` returned.
     """
-    quantized_linears = {linear.name: linear for linear in linears}
-    layers = tuple(
-        _planned_layer(quantized_linears.get(linear.name, linear), sizes=sizes, dtype=dtype)
-        for linear in recipe_linears(recipe, transformers)
-    )
-    inside = {f"{layer.name}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
-    compute_dtype = compute_dtype or dtype
-    now = sum((sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)).values())
-    quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
-    states = [transformer.state_dict() for transformer in transformers.values()]
-    full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
+    layers = _planned_layers(recipe, transformers, linears, sizes=sizes, dtype=dtype)
+    compute_dtype, machine = compute_dtype or dtype, machine or this_machine("cpu")
+    now = sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)
+    parts = list(transformer_parts(transformers, now).values())
+    storage = _storage(transformers, layers, sizes)
     allocated = [] if recipe.allocation is None else [linear for linear in linears if linear.role == "linear"]
     allocation = _planned_allocation(recipe, allocated)
     if allocation is not None:
-        quantized -= sum(linear.weight_bytes for linear in allocated) - allocation.most_bytes
+        storage = _reduced(storage, sum(linear.weight_bytes for linear in allocated) - allocation.most_bytes)
         names = {linear.name for linear in allocated}
         layers = tuple(replace(layer, scheme=f"≤ {layer.scheme}") if layer.name in names else layer for layer in layers)
-    machine = machine or this_machine("cpu")
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
         shapes = block_shapes(transformers, linears, workload)
         cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, dtype=compute_dtype)
+    peaks = stage_peaks(
+        recipe, shapes, cost, layers, transformers=parts, workload=workload, machine=machine, dtype=compute_dtype
+    )
+    fitting = None
+    if workload is not None and not peaks.fit(machine):
+        fitting = fitting_tokens(
+            recipe, transformers, linears, parts=parts, workload=workload, machine=machine, dtype=compute_dtype
+        )
     work = stage_work(
         recipe,
         linears,
@@ -317,15 +327,15 @@ def plan_transformers(
         dtype=compute_dtype,
         transformers=len(transformers),
         chained=all(family_of(transformer).chained for transformer in transformers.values()),
+        paged_bytes=sum(part.whole for part in parts) // len(parts) if peaks.offload == "group" else 0,
     )
     products = device_products(machine.device, capability=None if rates is None else rates.capability)
-    peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
     return Plan(
         schema_version=PLAN_VERSION,
         model=model,
         recipe=recipe.name,
-        storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
-        stages=tuple(_stage(name, peak, work.get(name), rates) for name, peak in peaks.items()),
+        storage=storage,
+        stages=tuple(_stage(name, peak, work.get(name), rates) for name, peak in peaks.stages.items()),
         layers=layers,
         simulated=any(linear.simulated for linear in linears),
         device={"name": machine.device if rates is None else rates.name, "memory_bytes": machine.memory_bytes},
@@ -336,7 +346,37 @@ def plan_transformers(
         widths=None if products is None else planned_widths(recipe, products),
         generation=None if workload is None else {**workload.generation, "branches": workload.branches},
         text_encoders=text_encoders,
+        offload=peaks.offload,
+        fitting_tokens=fitting,
     )
+
+
+def _planned_layers(
+    recipe: Recipe,
+    transformers: Mapping[str, nn.Module],
+    linears: Sequence[LinearPlan],
+    *,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> tuple[LinearStorage, ...]:
+    quantized = {linear.name: linear for linear in linears}
+    every = recipe_linears(recipe, transformers)
+    return tuple(_planned_layer(quantized.get(linear.name, linear), sizes=sizes, dtype=dtype) for linear in every)
+
+
+def _storage(
+    transformers: Mapping[str, nn.Module], layers: Sequence[LinearStorage], sizes: Mapping[str, int]
+) -> dict[str, int | float]:
+    inside = {f"{layer.name}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
+    quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
+    states = [transformer.state_dict() for transformer in transformers.values()]
+    full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
+    return {"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized}
+
+
+def _reduced(storage: Mapping[str, int | float], by: int) -> dict[str, int | float]:
+    full, quantized = storage["full_precision_bytes"], storage["quantized_bytes"] - by
+    return {"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized}
 
 
 def _planned_allocation(recipe: Recipe, allocated: Sequence[LinearPlan]) -> PlannedAllocation | None:
@@ -377,13 +417,11 @@ def plan_allocated(planned: Plan, before: Sequence[LinearPlan], after: Sequence[
             old, new = allocated[layer.name]
             num_bytes = layer.bytes - old.weight_bytes + new.weight_bytes
             layers[index] = replace(layer, scheme=new.scheme.name, bytes=num_bytes)
-    full, most = planned.storage["full_precision_bytes"], planned.storage["quantized_bytes"]
     taken = sum(new.weight_bytes for _, new in allocated.values())
-    quantized = most - planned.allocation.most_bytes + taken
     return replace(
         planned,
         layers=tuple(layers),
-        storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
+        storage=_reduced(planned.storage, planned.allocation.most_bytes - taken),
         allocation=replace(planned.allocation, bytes=taken),
     )
 
@@ -395,40 +433,6 @@ def _stage(name: str, peak: int | None, work: Work | None, rates: Rates | None) 
     return PlannedStage(name=name, peak_memory_bytes=peak, seconds=seconds, flop=work.flop, traffic_bytes=work.traffic)
 
 
-def _peaks(
-    recipe: Recipe,
-    shapes: Sequence[BlockShape],
-    cost: CalibrationCost | None,
-    layers: Sequence[LinearStorage],
-    *,
-    workload: Workload | None,
-    machine: Machine,
-    dtype: torch.dtype,
-    now: int,
-) -> dict[str, int | None]:
-    """The most that was taken by the end of each stage, as reports have it."""
-    base = machine.process_bytes
-    largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
-    packed = max(layer.bytes for layer in layers)
-    if not recipe.calibrates:
-        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + nearest_bytes(recipe) * largest
-        return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
-    allocates = () if recipe.allocation is None else ("allocate",)
-    names = ("collect", "select", *allocates, "blocks", "assemble")
-    if cost is None or workload is None:
-        return dict.fromkeys(names)
-    forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
-    collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
-    itemsize = recipe.calibration.dtype(dtype).itemsize
-    checkpointed = cost.gradient_checkpointing
-    work = max(
-        shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize, on_host=machine.is_host)
-        for shape in shapes
-    )
-    blocks = max(collect, base + machine.runtime_bytes + work + (cost.host_bytes if machine.is_host else 0))
-    return {name: collect if name in ("collect", "select") else blocks for name in names}
-
-
 def check_memory(planned: Plan, *, workers: int = 1) -> None:
     """Refuse a run that cannot fit: so many workers on one device quantize blocks, each with what the plan says."""
     device, there = planned.device["name"], planned.device["memory_bytes"]
@@ -437,10 +441,14 @@ def check_memory(planned: Plan, *, workers: int = 1) -> None:
         needed = None if stage.peak_memory_bytes is None else sharing * stage.peak_memory_bytes
         if needed is not None and isinstance(there, int) and needed > there:
             side_by_side = f" in {sharing} workers" if sharing > 1 else ""
-            remedy = "take fewer (--workers), " if sharing > 1 else ""
+            remedies = ["take fewer (--workers)"] if sharing > 1 else []
+            if stage.name == "collect" and planned.offload in ("none", "model") and device != "cpu":
+                remedies.append("offload more (--offload group, offload=)")
+            if planned.fitting_tokens is not None:
+                remedies.append(f"set calibration.max_tokens={planned.fitting_tokens}, with which it fits")
             raise ResourceError(
                 f"{planned.model}: stage {stage.name}{side_by_side} needs about {needed / 1e9:.1f} GB on {device}, "
-                f"which has {there / 1e9:.1f} GB; {remedy}{LESS_MEMORY}"
+                f"which has {there / 1e9:.1f} GB; {', '.join([*remedies, LESS_MEMORY])}"
             )
 
 

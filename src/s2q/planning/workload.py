@@ -2,19 +2,21 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from s2q.common.components import transformers_of
+from s2q.common.components import TRANSFORMERS, text_encoders_of, transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
+from s2q.core.storage import BF16_BYTES
 from s2q.generation.conditioning import image_tokens, is_supported
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.exclusive import exclusive
 from s2q.generation.guidance import branches_of
+from s2q.generation.offload import layers_of, model_parts
 from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
     SETTINGS,
@@ -28,7 +30,7 @@ from s2q.generation.settings import (
 from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel
-from s2q.planning.cost import Workload
+from s2q.planning.cost import PartBytes, Workload
 from s2q.recipes.schema import Recipe
 from s2q.selection.options import Calibration, recipe_key
 
@@ -51,7 +53,7 @@ def calibration_settings(pipe: Any, group: Calibration, *, recommended: Mapping[
 
 
 def workload_of(
-    pipe: Any, group: Calibration, *, recommended: Mapping[str, Any], component_bytes: int | None
+    pipe: Any, group: Calibration, *, recommended: Mapping[str, Any], components: Mapping[str, PartBytes] | None
 ) -> Workload | None:
     """Return what calibration computes on; None for a pipeline that it does not run."""
     if not is_supported(pipe):
@@ -68,7 +70,7 @@ def workload_of(
         audio_tokens=_audio_tokens(pipe, settings),
         branches=branches,
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
-        component_bytes=component_bytes,
+        components=components,
         steps=settings.num_inference_steps,
         generation=settings.to_dict() | scheduler,
     )
@@ -88,7 +90,7 @@ def workload_of_recipe(
     *,
     names: Sequence[str],
     recommended: Mapping[str, Any],
-    component_bytes: int | None,
+    components: Mapping[str, PartBytes] | None,
     warn: bool = True,
 ) -> Workload | None:
     """Return what calibration computes on by a recipe; None if it does not calibrate, or not on such a pipeline.
@@ -102,7 +104,7 @@ def workload_of_recipe(
     group = recipe.calibration
     if not (recipe.calibrates or group.requested):
         return None
-    workload = workload_of(pipe, group, recommended=recommended, component_bytes=component_bytes)
+    workload = workload_of(pipe, group, recommended=recommended, components=components)
     if not recipe.calibrates:
         workload = None
         if warn:
@@ -151,8 +153,38 @@ def workload_of_source(
         recipe,
         names=source_names(source),
         recommended=recommended_for(source),
-        component_bytes=source.component_bytes(),
+        components=_components_of(source),
     )
+
+
+def loaded_components(pipe: Any) -> dict[str, PartBytes]:
+    """Return the weights of a pipeline's components besides transformers, which may be on the meta device."""
+    encoders = text_encoders_of(pipe)
+    others = {name: part for name, part in model_parts(pipe).items() if name not in TRANSFORMERS}
+    return {name: _part_bytes(part, layers_of(part) if name in encoders else ()) for name, part in others.items()}
+
+
+def _part_bytes(part: nn.Module, layers: Iterable[nn.Module], *, stored: int | None = None) -> PartBytes:
+    """Weights of a component with layers that are paged; scaled to what its files have, if that is given."""
+    whole, *blocks = (sum(tensor.nbytes for tensor in module.parameters()) for module in (part, *layers))
+    scale = 1 if stored is None or not whole else stored / whole
+    return PartBytes.of(int(scale * whole), [int(scale * block) for block in blocks])
+
+
+def _components_of(source: ModelSource) -> dict[str, PartBytes] | None:
+    """Weights of a model's components besides transformers, by its files; None if none is there."""
+    stored = source.component_bytes()
+    try:
+        encoders = source.meta_text_encoders()
+    except InvalidInputError:  # quantized by another tool
+        encoders = {}
+    parts = {name: PartBytes.of(size) for name, size in stored.items()}
+    paged = {
+        name: _part_bytes(encoder, layers_of(encoder), stored=stored[name])
+        for name, encoder in encoders.items()
+        if name in stored
+    }
+    return (parts | paged) or None
 
 
 def recommended_for(source: ModelSource) -> dict[str, Any]:
@@ -193,7 +225,10 @@ def workload_of_synthetic(model: SyntheticModel, recipe: Recipe) -> Workload | N
         audio_tokens=_audio_tokens_of(model, frames),
         branches=model.batch * model.calls if guided else 1,
         rows=model.batch if guided else 1,
-        component_bytes=None,
+        components={
+            name: PartBytes(whole=BF16_BYTES * sizes[0], paged=BF16_BYTES * sizes[-1])
+            for name, sizes in model.components.items()
+        },
         steps=int(settings["num_inference_steps"]),
         generation=settings,
     )

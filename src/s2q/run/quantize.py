@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -30,10 +30,11 @@ from s2q.calibration.candidates import (
 from s2q.calibration.teacher import Teacher, load_teacher
 from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
 from s2q.common import arguments
-from s2q.common.components import full_name, text_encoders_of, transformers_of
+from s2q.common.components import full_name
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.fingerprint import fingerprint
+from s2q.common.memory import Offload
 from s2q.common.outputs import check_output
 from s2q.common.progress import Progress, silent
 from s2q.common.records import REPORT_VERSION
@@ -47,12 +48,12 @@ from s2q.generation.prompts import prompt_list
 from s2q.models import ModelSource, resolve_model
 from s2q.models.lora import with_loras
 from s2q.planning import Machine, Plan, check_memory, workers_that_fit
-from s2q.planning.text_encoders import plan_encoders
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble, check_bytes
 from s2q.run.finished import finished_report, run_inputs
+from s2q.run.plan import plan_loaded
 from s2q.run.report import BlockReport, QuantizationReport, log_block
 from s2q.run.runner import BlockJob, BlockRunner
 from s2q.run.work import SPILLED, TEACHER, BlockWork, Place, TeacherSource, record_prompts
@@ -78,6 +79,7 @@ class _Settings:
     max_shard_size: int
     memory_budget: int | None
     workers: Workers
+    offload: Offload | Literal["auto"]
     resume: bool
     overwrite: bool
 
@@ -108,6 +110,7 @@ def quantize(
     devices: Sequence[str] | None = None,
     engine: str = "processes",
     ray_address: str | None = None,
+    offload: str = AUTO,
     resume: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -134,6 +137,9 @@ def quantize(
         devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
         engine: "processes" of this machine, or "ray".
         ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None takes `RAY_ADDRESS`, or starts Ray here.
+        offload: How the model generates calibration videos on a GPU that is too small for it: "none", "model" (text
+            encoders, transformers and autoencoder come in turn), "group" (their blocks in turn), or "auto", the first
+            that fits by the plan. Results do not depend on it.
         resume: Whether to use what an interrupted run has finished.
         dry_run: Whether to return the plan and compute nothing.
 
@@ -146,6 +152,7 @@ def quantize(
         ResourceError: If the device is not there or the disk is full.
         UsageError: If `out` is missing, or an option does not apply to the model or the recipe.
     """
+    where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = _Settings(
         seed=arguments.seed_number(seed),
         dtype=arguments.parse_dtype(dtype),
@@ -153,9 +160,8 @@ def quantize(
         loras=arguments.path_list("loras", loras),
         max_shard_size=parse_bytes(max_shard_size, option="max_shard_size"),
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
-        workers=workers_argument(
-            workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address
-        ),
+        workers=where,
+        offload=arguments.offload_name(offload, device=where.device),
         resume=arguments.flag("resume", resume),
         overwrite=arguments.flag("overwrite", overwrite),
     )
@@ -178,7 +184,7 @@ def _quantize(
 ) -> QuantizationReport | Plan:
     """Check everything that can be checked before weights are read, then plan or run."""
     source = _source(model, settings)
-    machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget)
+    machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget, offload=settings.offload)
     planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
         if source is not None and settings.resume and not (dry_run or settings.overwrite):
@@ -190,7 +196,7 @@ def _quantize(
     if validated.calibrates and source is not None:
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if dry_run:
-        return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
+        return planned or plan_loaded(_load_teacher(model, validated, settings), validated, machine)
     workers = 1 if planned is None else _worker_count(planned, validated, settings.workers)
     if planned is not None:
         check_memory(planned, workers=settings.workers.on_one_device(workers))
@@ -265,7 +271,7 @@ class _Run:
         self.progress("load", 0, 1)
         teacher = self._timed("load", lambda: _load_teacher(model, recipe, self.settings))
         self.progress("load", 1, 1)
-        planned = _plan_loaded(teacher, recipe, self.machine)
+        planned = plan_loaded(teacher, recipe, self.machine)
         check_memory(planned, workers=self.settings.workers.on_one_device(len(self.engine.devices)))
         self.engine.offer(TEACHER, teacher)
         named = model if isinstance(model, ModelSource) else teacher.name
@@ -281,7 +287,7 @@ class _Run:
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed, request=request)
         selection, files = None, {}
         if recipe.calibrates:
-            selection = self._calibration(teacher, recipe, prompts)
+            selection = self._calibration(teacher, recipe, prompts, offload=planned.offload)
             files |= selection.files
         if recipe.allocation is not None and selection is not None:
             allocated = self._allocation(teacher, recipe, planned, selection)
@@ -316,15 +322,20 @@ class _Run:
         logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
         return report
 
-    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> CalibrationSets:
+    def _calibration(
+        self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None, *, offload: Offload | None
+    ) -> CalibrationSets:
         group = recipe.calibration
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
         if prompts is not None and len(prompts) > len(used):
             logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
         described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
         inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
-        pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs))
-        self.folder.log("collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts))
+        offload = offload or "none"
+        pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs, offload))
+        self.folder.log(
+            "collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts), offload=offload
+        )
         self.progress("select", 0, 1)
         branches = branches_of(self.folder, inputs)
         selected = self._timed("select", lambda: select(pools, inputs, group, branches=branches))
@@ -332,9 +343,12 @@ class _Run:
         self.progress("select", 1, 1)
         return selected
 
-    def _candidates(self, teacher: Teacher, recipe: Recipe, inputs: CalibrationInputs) -> dict[str, CandidatePool]:
+    def _candidates(
+        self, teacher: Teacher, recipe: Recipe, inputs: CalibrationInputs, offload: Offload
+    ) -> dict[str, CandidatePool]:
         """The scored steps of all prompts; prompts that are not in the folder are recorded first."""
-        record_prompts(self.engine, self._source(teacher, recipe), inputs, self.folder, progress=self.progress)
+        source = self._source(teacher, recipe)
+        record_prompts(self.engine, source, inputs, self.folder, offload=offload, progress=self.progress)
         pools = score_candidates(teacher, inputs, self.folder)
         for part in teacher.parts:
             teacher.page_out(part)
@@ -354,7 +368,12 @@ class _Run:
         sharing = self.settings.workers.on_one_machine(len(self.engine.devices))
         machine = replace(self.machine, memory_budget=self.machine.memory_budget // sharing)
         job = BlockJob(
-            recipe=recipe, selected=selected, cost=planned.calibration, machine=machine, seed=self.settings.seed
+            recipe=recipe,
+            selected=selected,
+            cost=planned.calibration,
+            machine=machine,
+            seed=self.settings.seed,
+            offload=planned.offload or "none",
         )
         return BlockRunner(self.folder, teacher, job)
 
@@ -453,6 +472,7 @@ class _Run:
             versions=package_versions(),
             generation=recipe.calibration.generation if recipe.calibrates else {},
             text_encoders=tuple(asdict(encoder) for encoder in planned.text_encoders),
+            offload=planned.offload,
         )
 
     def _timed(self, stage: str, work: Callable[[], _T]) -> _T:
@@ -474,23 +494,3 @@ def _inputs(
 
 def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
     return load_teacher(model, recipe, dtype=settings.dtype, device=settings.device)
-
-
-def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
-    transformers = transformers_of(teacher.pipe)
-    widened = None if teacher.dtype == teacher.stored else teacher.dtype
-    return planning.plan_transformers(
-        transformers,
-        recipe,
-        teacher.linears,
-        model=teacher.name,
-        sizes=planning.tensor_sizes(transformers, None if widened is None else teacher.stored),
-        dtype=teacher.stored,
-        compute_dtype=widened,
-        workload=teacher.workload,
-        machine=replace(machine, holds_weights=not teacher.mapped),
-        attention=teacher.attention,
-        text_encoders=plan_encoders(
-            recipe, text_encoders_of(teacher.pipe), dtype=None if teacher.source is None else teacher.stored
-        ),
-    )

@@ -68,6 +68,7 @@ class QuantizationReport:
         generation: Settings besides sizes that the recipe calibrates with, by the names of `GenerationSettings`:
             the checkpoint is generated and judged with them by default.
         text_encoders: Those that the recipe quantizes, as in the plan.
+        offload: How calibration videos were generated, as in the plan.
     """
 
     schema_version: int
@@ -94,6 +95,7 @@ class QuantizationReport:
     loras: Sequence[Mapping[str, Any]] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     text_encoders: Sequence[Mapping[str, Any]] = ()
+    offload: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -15,6 +15,7 @@ from s2q.calibration.calibration_set import CalibrationSets
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.devices import peak_memory_bytes
+from s2q.common.memory import Offload
 from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.tensor_store import HostMemory
@@ -24,13 +25,19 @@ from s2q.recipes.schema import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class BlockJob:
-    """Data shared by all blocks of a run; `selected` and `cost` are None for recipes that do not calibrate."""
+    """Data shared by all blocks of a run.
+
+    Attributes:
+        selected: None for recipes that do not calibrate, as is `cost`.
+        offload: How the model runs on a device that is too small for it.
+    """
 
     recipe: Recipe
     selected: CalibrationSets | None
     cost: CalibrationCost | None
     machine: Machine
     seed: int
+    offload: Offload = "none"
 
     @property
     def units(self) -> int:
@@ -71,6 +78,7 @@ class BlockRunner:
             page_out=self.teacher.page_out,
             component=transformer.component,
             tokens=transformer.tokens,
+            pages=job.offload == "group",
             prefix=self.spilled,
         )
 

@@ -26,12 +26,12 @@ from s2q.calibration.candidates import (
 )
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
-from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import open_run_folder
 from s2q.common.temporaries import scratch_folder
 from s2q.distillation.options import evaluations
 from s2q.generation.conditioning import any_prompt
+from s2q.generation.offload import pipeline_on_device
 from s2q.generation.settings import GenerationSettings
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
@@ -81,7 +81,14 @@ def measured(
             embedded = source.kind == "embedded"
             any_prompts = None if embedded else [any_prompt(teacher.pipe)] * recipe.calibration.n_prompts
             texts = prompts or any_prompts
-            job = BlockJob(recipe=recipe, selected=None, cost=planned.calibration, machine=machine, seed=0)
+            job = BlockJob(
+                recipe=recipe,
+                selected=None,
+                cost=planned.calibration,
+                machine=machine,
+                seed=0,
+                offload=planned.offload or "none",
+            )
             seconds = _calibrating(BlockRunner(folder, teacher, job), texts, progress)
         else:
             seconds = {"blocks": _rounding(teacher, recipe, machine.device, progress)}
@@ -102,7 +109,7 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
         inputs = prepare(teacher, wanted[:1], replace(shortest, steps=steps), seed=seed, inputs={})
         started = time.perf_counter()
         step_done = StageCounter(progress, "collect", steps)
-        with on_device(teacher.modules, device, offload=teacher.mapped):
+        with pipeline_on_device(teacher.pipe, device, offload=runner.job.offload, mapped=teacher.mapped):
             record_prompt(teacher, inputs, runner.folder, 0, step_done=step_done)
         pools = score_candidates(teacher, inputs, runner.folder)
         taken.append(time.perf_counter() - started)

@@ -16,10 +16,11 @@ import torch
 from s2q.calibration.candidates import CalibrationInputs, missing_prompts, record_prompt
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import memory_errors
-from s2q.common.memory import keep_freed_memory, on_device
+from s2q.common.memory import Offload, keep_freed_memory
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.run_folder import ArtefactFolder
 from s2q.engines.engine import Engine, Worker
+from s2q.generation.offload import pipeline_on_device
 from s2q.models import ModelSource
 from s2q.planning import LESS_MEMORY
 from s2q.planning.resolve import LinearPlan
@@ -53,11 +54,12 @@ class TeacherSource:
 
 @dataclass(kw_only=True)
 class PromptWork:
-    """Records the prompts of a calibration, all in one stay of the pipeline on the device."""
+    """Records the prompts of a calibration, all in one stay of the pipeline, or of what computes, on the device."""
 
     teacher: TeacherSource
     inputs: CalibrationInputs
     folder: Path
+    offload: Offload
     _stay: ExitStack | None = None
 
     def __call__(self, prompt: int, worker: Worker) -> None:
@@ -66,7 +68,9 @@ class PromptWork:
         with memory_errors(f"collecting candidates on {worker.device}", remedy=LESS_MEMORY):
             if self._stay is None:
                 self._stay = ExitStack()
-                self._stay.enter_context(on_device(teacher.modules, worker.device, offload=teacher.mapped))
+                self._stay.enter_context(
+                    pipeline_on_device(teacher.pipe, worker.device, offload=self.offload, mapped=teacher.mapped)
+                )
             record_prompt(teacher, self.inputs, folder, prompt, step_done=lambda: worker.tell(None))
 
     def close(self) -> None:
@@ -76,13 +80,19 @@ class PromptWork:
 
 
 def record_prompts(
-    engine: Engine, source: TeacherSource, inputs: CalibrationInputs, folder: ArtefactFolder, *, progress: Progress
+    engine: Engine,
+    source: TeacherSource,
+    inputs: CalibrationInputs,
+    folder: ArtefactFolder,
+    *,
+    offload: Offload = "none",
+    progress: Progress,
 ) -> None:
     """Record the prompts whose calls are not in the folder."""
     missing, total = missing_prompts(inputs, folder), sum(inputs.steps)
     done = total - sum(inputs.steps[prompt] for prompt in missing)
     step_done = StageCounter(progress, "collect", total, done=done)
-    work = PromptWork(teacher=source, inputs=inputs, folder=folder.path)
+    work = PromptWork(teacher=source, inputs=inputs, folder=folder.path, offload=offload)
     with closing(engine.map(work, missing, on_message=lambda _: step_done())) as results:
         for _ in results:
             pass
