@@ -7,7 +7,7 @@ from step_memory import Case, planned_bytes, traced_bytes
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import Machine, check_memory, plan_model, plan_transformers, tensor_sizes, this_machine
-from s2q.planning.cost import Workload, block_shapes
+from s2q.planning.cost import PartBytes, Workload, block_shapes
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.planning.workload import workload_of_synthetic
 from s2q.recipes.load import load_recipe
@@ -196,9 +196,8 @@ def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
     monkeypatch.setattr(Machine, "process_bytes", 10**9)
     transformers, others = {"transformer": tiny_pipeline("cogvideox").transformer}, 10**8
     sizes, loaded = tensor_sizes(transformers), load_recipe(recipe)
-    workload = Workload(
-        tokens=12, frames=3, text_tokens=8, branches=2, rows=2, components={"vae": PartBytes.of(others)}
-    )
+    components = {"vae": PartBytes.of(others)}
+    workload = Workload(tokens=12, frames=3, text_tokens=8, branches=2, rows=2, components=components)
     fresh, held = (
         plan_transformers(
             transformers,

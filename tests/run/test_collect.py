@@ -26,14 +26,13 @@ def collecting(tmp_path, monkeypatch):
     """Collect some prompts in one run folder; returns the pools, the stays on the device, and the progress."""
     recipe = load_recipe("s2q-w4a6", overrides=[f"calibration.steps={STEPS}", "calibration.samples=1"])
     teacher = load_teacher(tiny_pipeline("cogvideox"), recipe, dtype=None)
-    stays, original = [], work.on_device
+    stays, original = [], work.pipeline_on_device
 
-    def counted(modules, device, *, offload):
-        modules = list(modules)
-        stays.append((len(modules), device))
-        return original(modules, device, offload=offload)
+    def counted(pipe, device, **options):
+        stays.append((pipe, device))
+        return original(pipe, device, **options)
 
-    monkeypatch.setattr(work, "on_device", counted)
+    monkeypatch.setattr(work, "pipeline_on_device", counted)
     with open_run_folder(tmp_path / "out") as folder:
 
         def collected(prompts):
@@ -46,7 +45,7 @@ def collecting(tmp_path, monkeypatch):
             record_prompts(engine, source, inputs, folder, progress=lambda *step: seen.append(step))
             return (
                 score_candidates(teacher, inputs, folder),
-                [(count, device) for count, device in stays if count],
+                list(stays),
                 seen,
             )
 

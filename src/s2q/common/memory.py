@@ -109,7 +109,7 @@ class _Pager:
     def __init__(self, blocks: Sequence[nn.Module], device: str) -> None:
         self._blocks, self._device = blocks, device
         is_gpu = torch.device(device).type == "cuda"
-        self._copies = torch.cuda.Stream(device) if is_gpu else None
+        self._copies = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
         self._here: dict[int, ExitStack] = {}
         self._started: torch.cuda.Event | None = None
 

@@ -1,4 +1,4 @@
-"""Peak memory of each stage of a run, how its samples are generated so that they fit, and what would fit if they do not.
+"""Peak memory of each stage of a run, and the offload with which its samples are generated.
 
 Generating samples has on the device
 
