@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from markdown_tables import table_head, table_row
 
+from s2q.common.components import TRANSFORMERS
 from s2q.core.packing import packed_width
 from s2q.evaluation.paper import paper_tables
 from s2q.models import FAMILIES
@@ -100,7 +101,7 @@ def _shares(synthetic: str, recipe: str) -> list[float]:
     model, validated = synthetic_model(synthetic), load_recipe(recipe)
     planned = plan_of(synthetic, recipe)
     total, layers = planned.storage["quantized_bytes"], {layer.name: layer.bytes for layer in planned.layers}
-    linears = recipe_linears(validated, {"transformer": model.meta_transformer()})
+    linears = recipe_linears(validated, dict.fromkeys(TRANSFORMERS[: model.transformers], model.meta_transformer()))
     codes = branch = outer = inside = 0
     for linear in resolve(validated, linears, frames=model.frames):
         size = layers[linear.name]

@@ -142,6 +142,7 @@ def test_a_plan_is_json_data(folder):
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
         *("allocation", "attention", "estimate", "widths", "generation", "text_encoders"),
+        *("offload", "fitting_tokens"),
     }
     assert content["widths"].keys() == {"products", "native", "same_cost", "recommended"}
     assert content["widths"]["products"].keys() == {"unit", "integer", "fp4", "is_gpu"}

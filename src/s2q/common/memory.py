@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 Offload = Literal["none", "model", "group"]
-"""How a pipeline is on a device that may be too small for it; see `generation.offload`."""
+"""Offload of a pipeline to a device that may be too small for it; see `generation.offload`."""
 
 _MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; the contents stay, whatever they are backed by
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -141,7 +141,7 @@ class Turns:
 
 
 class _Arrival(ModelHook):  # type: ignore[misc]
-    """What a pipeline calls before a component: it comes to the device, and so do its arguments."""
+    """Hook of a component: when a pipeline calls it, it comes to the device with its arguments."""
 
     def __init__(self, turns: Turns, name: str) -> None:
         self.turns, self.name = turns, name

@@ -445,10 +445,10 @@ def check_memory(planned: Plan, *, workers: int = 1) -> None:
             if stage.name == "collect" and planned.offload in ("none", "model") and device != "cpu":
                 remedies.append("offload more (--offload group, offload=)")
             if planned.fitting_tokens is not None:
-                remedies.append(f"set calibration.max_tokens={planned.fitting_tokens}, with which it fits")
+                remedies.append(f"set calibration.max_tokens={planned.fitting_tokens}, which fits")
             raise ResourceError(
                 f"{planned.model}: stage {stage.name}{side_by_side} needs about {needed / 1e9:.1f} GB on {device}, "
-                f"which has {there / 1e9:.1f} GB; {', '.join([*remedies, LESS_MEMORY])}"
+                f"which has {there / 1e9:.1f} GB; {'; '.join([*remedies, LESS_MEMORY])}"
             )
 
 
