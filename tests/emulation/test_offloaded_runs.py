@@ -90,7 +90,7 @@ def test_offload_changes_no_byte_and_is_within_the_plan(model, device, tmp_path)
 def test_components_are_on_the_gpu_only_while_they_compute(model, way, device):
     pipe = load(model)
     expected = runs.latents(pipe, output_type="pt")
-    with watched(pipe) as seen, pipeline_on_device(pipe, device, offload=way), leaving_device(pipe):
+    with watched(pipe) as seen, pipeline_on_device(pipe, device, offload=way), leaving_device([pipe.transformer]):
         result = runs.latents(pipe, output_type="pt")
     assert runs.relative_error(result, expected) <= runs.DIGITS
     assert {name for name, *_ in seen} == pages_of(pipe).keys()
@@ -162,12 +162,23 @@ def test_generate_and_evaluate_on_a_small_gpu(way, device, tmp_path):
     assert scores[0] == scores[1] > 0
 
 
+def test_kinds_of_linears_are_measured_alone_on_a_small_gpu(device):
+    checkpoint, reference = runs.on_cpu("wan 2.2 a14b", "rtn-w4a6").folder, runs.model_folder("wan 2.2 a14b")
+    size = video_size(tiny_pipeline("wan 2.2 a14b")) | {"num_inference_steps": 2, "max_sequence_length": 16}
+    options = {"prompts": ["red"], "seeds": [0], "metrics": ["velocity_relative_error"], "sensitivity": 1, **size}
+    results = [
+        s2q.evaluate(checkpoint, reference=reference, device=device, offload=way, **options)["sensitivity"]
+        for way in ("none", "model", "group")
+    ]
+    assert results[0] == results[1] == results[2]
+
+
 def test_a_loaded_pipeline_with_offload_is_on_the_gpu_in_turn(device):
     folder = runs.on_cpu("wan 2.2 a14b", "rtn-w4a6").folder
     pipe = s2q.load(folder, device=device, offload="group")
     expected = runs.latents(s2q.load(folder, device=device))
     before = torch.cuda.memory_allocated(device)
-    with leaving_device(pipe):
+    with leaving_device([pipe.transformer]):
         assert torch.equal(runs.latents(pipe), expected)
     assert torch.cuda.memory_allocated(device) <= before + 2**12
 

@@ -43,7 +43,6 @@ from s2q.generation.load import (
     models_that_fit,
     refuse_load_options,
 )
-from s2q.generation.offload import leaving_device
 from s2q.generation.prompts import check_distinct, prompt_list, prompt_record
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
@@ -372,8 +371,7 @@ def judge_model(
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
             replay = replay or StageCounter(progress, "velocity", run.recordings.num_calls)
-            with leaving_device(pipe):
-                steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
+            steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         videos = _report_videos(videos_of(pipe, names, seeds, result), model, video_done)
         for video, errors in zip(videos, steps, strict=True):
             scores.append(judge_video(video, run.videos[len(scores)], errors, wanted=run.wanted, judges=run.judges))

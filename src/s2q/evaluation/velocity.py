@@ -15,6 +15,7 @@ import torch
 
 from s2q.common.errors import S2QError
 from s2q.common.progress import Tick
+from s2q.generation.offload import leaving_device
 from s2q.generation.trajectory import Trajectory
 
 
@@ -28,23 +29,24 @@ def velocity_errors(
         For each video the list of its `S` relative squared errors, dimensionless.
     """
     errors: list[list[float]] = [[] for _ in trajectory.prompts]
-    for step, call in enumerate(trajectory.calls):
-        student = students[call.transformer]
-        device, dtype = next(student.parameters()).device, student.dtype
-        inputs = {name: _to_device(value, device, dtype) for name, value in call.inputs.items()}
-        output = student(**inputs, return_dict=False)[0].cpu()
-        for video, steps in enumerate(errors):
-            rows = trajectory.rows_of(call, video)
-            teacher = call.output[rows].double()
-            error = float((output[rows].double() - teacher).square().sum() / teacher.square().sum())
-            if error != error or error == float("inf"):
-                raise S2QError(
-                    f"velocity error: not finite at step {step} (timestep {call.timestep:g}), "
-                    f"prompt {trajectory.prompts[video]!r}; the weights are damaged, or --dtype float16 overflows: use "
-                    "bfloat16"
-                )
-            steps.append(error)
-        step_done()
+    with leaving_device(students.values()):
+        for step, call in enumerate(trajectory.calls):
+            student = students[call.transformer]
+            device, dtype = next(student.parameters()).device, student.dtype
+            inputs = {name: _to_device(value, device, dtype) for name, value in call.inputs.items()}
+            output = student(**inputs, return_dict=False)[0].cpu()
+            for video, steps in enumerate(errors):
+                rows = trajectory.rows_of(call, video)
+                teacher = call.output[rows].double()
+                error = float((output[rows].double() - teacher).square().sum() / teacher.square().sum())
+                if error != error or error == float("inf"):
+                    raise S2QError(
+                        f"velocity error: not finite at step {step} (timestep {call.timestep:g}), "
+                        f"prompt {trajectory.prompts[video]!r}; the weights are damaged, or --dtype float16 overflows: "
+                        "use bfloat16"
+                    )
+                steps.append(error)
+            step_done()
     return errors
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from s2q.common.components import transformers_of
 from s2q.common.devices import overflow_remedy
 from s2q.common.errors import S2QError
 from s2q.common.hooks import first_not_finite
@@ -82,7 +83,7 @@ def denoise(
     assert len(prompts) == len(seeds)
     with exclusive(pipe):
         run = functools.partial(_run, pipe, prompts, seeds=seeds, settings=settings, decode=decode, steps=steps)
-        with leaving_device(pipe):
+        with leaving_device(transformers_of(pipe).values()):
             latents, decoded = run(step_done)
         for kind, values in (("latents", latents), ("frames", decoded)):
             if values is not None and not bool(torch.isfinite(values).all()):

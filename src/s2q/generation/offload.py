@@ -10,7 +10,7 @@ the weights in host memory, it reads them where they are, mapped from the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -100,14 +100,15 @@ def offload_pipeline(pipe: Any, device: str, *, offload: Offload) -> Turns:
 
 
 @contextmanager
-def leaving_device(pipe: Any) -> Iterator[None]:
-    """Take from the device, in the end, what an offloaded pipeline has there; others are left alone."""
+def leaving_device(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Take from the device, in the end, what the pipelines of components have there, if they are offloaded."""
     try:
         yield
     finally:
-        hook = getattr(pipe.transformer, "_hf_hook", None)
-        if isinstance(hook, _Arrival):
-            hook.turns.leave()
+        for part in parts:
+            hook = getattr(part, "_hf_hook", None)
+            if isinstance(hook, _Arrival):
+                hook.turns.leave()
 
 
 class Turns:
