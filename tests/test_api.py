@@ -83,6 +83,7 @@ def test_quantize_shows_every_option_with_its_default():
         "devices": None,
         "engine": "processes",
         "ray_address": None,
+        "offload": "auto",
         "resume": True,
         "overwrite": False,
         "dry_run": False,

@@ -134,7 +134,7 @@ def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Setting
         return full_precision_pipeline(source, torch.float32, settings.device)
     if source.is_quantized:
         dtype = full.transformer.dtype
-        return load_pipeline(source, dtype=dtype, device=settings.device, backend=entry["backend"])
+        return load_pipeline(source, dtype=dtype, device=settings.device, backend=entry["backend"], offload="none")
     recipe = next(recipe for recipe in settings.recipes if recipe.name == entry["recipe"])
     pipe = copy.copy(full)  # shares the text encoder and the autoencoder
     pipe.transformer = pack_randomly(copy.deepcopy(full.transformer), recipe, frames=frames)
@@ -144,7 +144,7 @@ def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Setting
 
 def full_precision_pipeline(source: ModelSource, dtype: torch.dtype, device: str) -> Any:
     """Load a pipeline, the packed linears of a checkpoint dequantized."""
-    pipe = load_pipeline(source, dtype=dtype, device=device)
+    pipe = load_pipeline(source, dtype=dtype, device=device, offload="none")
     if source.is_quantized:
         pipe.transformer.dequantize()
     return pipe

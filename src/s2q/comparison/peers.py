@@ -94,7 +94,7 @@ def load_with_peer(
     peer: Peer, source: ModelSource, *, dtype: torch.dtype | str | None = None, device: str = "cpu"
 ) -> DiffusionPipeline:
     """Load a full-precision model, the linears of its transformers' blocks quantized by a peer."""
-    pipe = load_pipeline(source, dtype=dtype, device=device)
+    pipe = load_pipeline(source, dtype=dtype, device=device, offload="none")
     computes = {component: part.dtype for component, part in transformers_of(pipe).items()}
     with source.weights_folder(computes[TRANSFORMERS[0]], pipe=pipe) as folder:
         for component in computes:

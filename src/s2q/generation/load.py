@@ -50,7 +50,7 @@ def load_pipeline(
     verify: bool | None = None,
     backend: str = "auto",
     attention_backend: str | None = None,
-    offload: str = "none",
+    offload: str = "auto",
 ) -> DiffusionPipeline:
     """Load a pipeline.
 
