@@ -77,7 +77,7 @@ def test_offload_changes_no_byte_and_is_within_the_plan(model, device, tmp_path)
         planned = s2q.plan(deep_folder(model), **options)
         measured = {stage["name"]: stage["peak_memory_bytes"] for stage in report.stages}
         for stage in planned.stages:
-            assert 0.8 * stage.peak_memory_bytes < measured[stage.name] < 1.15 * stage.peak_memory_bytes
+            assert 0.8 * stage.peak_memory_bytes < measured[stage.name] < 1.2 * stage.peak_memory_bytes
         assert report.offload == planned.offload == way
         peaks[way], files[way] = measured["collect"], weights(tmp_path / way)
     assert files["none"] == files["model"] == files["group"]
