@@ -43,7 +43,7 @@ MEASURED_ON = "synthetic:cogvideox-2b"
 """The published size whose step was measured."""
 TRANSFORMERS = {"wan-2.2-a14b": ("wan-14b", 2)}
 """Published pipelines with several transformers of one size."""
-SIZES = tuple(sorted({*synthetic_names(), *TRANSFORMERS}))
+SIZES = tuple(sorted({*(name for name in synthetic_names() if synthetic_model(name).transformers == 1), *TRANSFORMERS}))
 LOSSES = 3
 """Evaluations of all samples besides those of distillation: rounded to nearest, at the start, at the end. Each is
 counted as one pass per sample, its lower bound."""
