@@ -1,4 +1,4 @@
-"""The table of models that are used otherwise than they were calibrated: on longer videos."""
+"""The tables of models that are used otherwise than they were calibrated: on longer videos, with an adapter."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,13 @@ LENGTH_COLUMNS = {
     "psnr_frame_mean_db": (".1f", 1.0),
     "adherence_all": (".3f", 1.0),
     "reference_adherence_all": (".3f", 1.0),
+}
+LORA_COLUMNS = {
+    "velocity_relative_error": ("#.3g", 100.0),
+    "psnr_frame_mean_db": (".1f", 1.0),
+    "new_colour": (".3f", 1.0),
+    "effect_ratio": (".3f", 1.0),
+    "effect_error": ("#.3g", 100.0),
 }
 
 
@@ -31,3 +38,26 @@ def lengths_table(model: str) -> str:
         count = result["n_prompts"]
     note = f"{count} held-out prompts, one seed, float32; calibrated on {record['calibrated_frames']} frames."
     return "\n".join([*lines, "", f"{note} Made by `python benchmarks/lengths.py -m {model}`."])
+
+
+def lora_table(model: str) -> str:
+    """Recipes with a trained adapter, fused before quantization or attached after it; full precision has it too."""
+    record = json.loads((RESULTS / "lora.json").read_text())
+    assert record["model"] == model
+    head = ["velocity error, %", "PSNR dB", "colours of the adapter", "effect, ratio", "effect, error %"]
+    lines = table_head("model", head)
+    rows = {
+        "full precision, adapter": record["with adapter"],
+        "full precision, no adapter": record["without adapter"],
+    }
+    for recipe in RECIPES:
+        rows |= {f"`{recipe}`, {way}": result for way, result in record["recipes"].get(recipe, {}).items()}
+    for name, result in rows.items():
+        cells = [
+            interval(result[column], form, scale=scale) if column in result else ""
+            for column, (form, scale) in LORA_COLUMNS.items()
+        ]
+        lines.append(table_row(name, cells))
+    command = f"PYTHONPATH=. python benchmarks/lora.py --prompts {record['prompts']}"
+    note = f"{record['prompts']} held-out prompts, one seed, float32. Made by `{command}`."
+    return "\n".join([*lines, "", note])

@@ -1,12 +1,14 @@
 """The transformer's trainer: velocity prediction on cached latents, text encoder and guidance dropout included."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, T5Tokenizer
 
 from s2q.common.seeds import derive_seed
 from training.architecture import EmbeddedArchitecture, build_tokenizer
@@ -17,16 +19,27 @@ CAPITALISED_FRACTION = 0.2
 OBJECT_WEIGHT = 6.0
 
 
+DrawBatch = Callable[..., tuple[Tensor, list[str]]]
+"""Draws a number of videos ``[B, F, 3, H, W]`` in ``[0, 1]`` and their captions, from a ``generator``."""
+
+
 @torch.no_grad()
 def encode_pool(
-    architecture: EmbeddedArchitecture, vae: Any, path: Path, *, count: int, seed: int, batch_size: int = 64
+    architecture: EmbeddedArchitecture,
+    vae: Any,
+    path: Path,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int = 64,
+    draw: DrawBatch = sample_training_batch,
 ) -> None:
     """Encode ``count`` training scenes once: ``[count, C, f, h, w]`` float16, and the captions beside it as JSON."""
     device = next(vae.parameters()).device
     latents, captions = [], []
     for start in range(0, count, batch_size):
         generator = torch.Generator().manual_seed(derive_seed(seed, "pool", start))
-        videos, texts = sample_training_batch(min(batch_size, count - start), generator=generator)
+        videos, texts = draw(min(batch_size, count - start), generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
             mean = architecture.latents(vae, videos.to(device))
         latents.append(mean.to("cpu", torch.float16))
@@ -58,13 +71,15 @@ class TransformerTask:
         self.architecture = architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tokenizer = build_tokenizer()
-            text_encoder = architecture.build_text_encoder(self.tokenizer)
-            transformer = architecture.build_transformer()
-        self.modules = nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
-        self.text_encoder, self.transformer = text_encoder, transformer
+            self.tokenizer, self.text_encoder, self.transformer = self.build()
+        self.modules = nn.ModuleDict({"text_encoder": self.text_encoder, "transformer": self.transformer})
         self.clean_latents = load_file(pool)["latents"]
         self.captions: list[str] = json.loads(pool.with_suffix(".json").read_text())
+
+    def build(self) -> tuple[T5Tokenizer, PreTrainedModel, Any]:
+        """The tokenizer, the text encoder and the transformer, with fresh weights."""
+        tokenizer = build_tokenizer()
+        return tokenizer, self.architecture.build_text_encoder(tokenizer), self.architecture.build_transformer()
 
     def _texts(self, picks: list[int], generator: torch.Generator) -> list[str]:
         draws = torch.rand(len(picks), 2, generator=generator).tolist()
