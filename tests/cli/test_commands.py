@@ -269,8 +269,11 @@ def test_eval_writes_the_file_and_shows_it(checkpoint, tiny_model, tmp_path, cap
     before = out.read_bytes()
     assert "exists; pass --overwrite" in output_of(capsys, arguments, 3).err
     assert out.read_bytes() == before
-    shown = output_of(capsys, [*arguments, "--seeds", "1", "--metrics", "psnr,velocity", "--overwrite"]).out
+    again = [*arguments, "--seeds", "1", "--metrics", "psnr,velocity", "--overwrite"]
+    shown = output_of(capsys, [*again, "--sensitivity", "1"]).out
     assert "PSNR, pooled" in shown
+    assert "transformer_blocks.*.attn1.to_q" in shown
+    assert json.loads(out.read_text())["sensitivity"]["n_videos"] == 1
     assert "Adherence" not in shown
     assert set(json.loads(out.read_text())["metrics"]) == {
         "psnr_frame_mean_db",

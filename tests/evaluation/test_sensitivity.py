@@ -8,7 +8,7 @@ import torch
 from s2q.common.components import pattern_of
 from s2q.common.errors import InvalidInputError
 from s2q.evaluation.evaluate import evaluate
-from s2q.evaluation.sensitivity import kind_errors, linear_weights, linears_by_kind
+from s2q.evaluation.sensitivity import kind_errors, linears_by_kind
 from s2q.evaluation.summary import summarise_kinds
 from s2q.evaluation.velocity import velocity_errors
 from s2q.generation.load import load_pipeline
@@ -48,14 +48,13 @@ def trajectory(pipe):
 
 @pytest.fixture(scope="module")
 def errors(pipe, student, trajectory):
-    weights = linear_weights({"transformer": pipe.transformer})
-    return kind_errors({"transformer": student}, weights, trajectory)
+    return kind_errors({"transformer": pipe.transformer}, linears_by_kind({"transformer": student}), trajectory)
 
 
 def test_a_kind_is_a_linear_in_all_blocks(pipe, student):
     kinds = linears_by_kind({"transformer": student})
     blocks = len(student.transformer_blocks)
-    assert kinds[QUERY] == [f"transformer_blocks.{index}.attn1.to_q" for index in range(blocks)]
+    assert list(kinds[QUERY]) == [f"transformer_blocks.{index}.attn1.to_q" for index in range(blocks)]
     packed = [name for name, module in student.named_modules() if isinstance(module, PackedLinear)]
     assert sorted(name for names in kinds.values() for name in names) == sorted(packed)
 
@@ -77,28 +76,31 @@ def test_every_kind_has_an_error_below_that_of_the_model(student, trajectory, er
         assert min(video.values()) < sum(steps) / len(steps) < 3 * sum(video.values())
 
 
-def test_the_model_is_as_before_also_after_an_error(pipe, student, trajectory):
-    before = dict(student.named_modules())
-    weights = linear_weights({"transformer": pipe.transformer})
-    broken = {name: entry for name, entry in weights.items() if not name.endswith("to_v")}
-    with pytest.raises(KeyError):
-        kind_errors({"transformer": student}, broken, trajectory)
-    assert dict(student.named_modules()) == before
+def test_both_models_are_as_before_also_after_an_error(pipe, student, trajectory):
+    before = dict(pipe.transformer.named_modules()), dict(student.named_modules())
+    hooks = len(pipe.transformer._forward_pre_hooks)
+    kinds = {"broken": {QUERY.replace("*", "0"): torch.nn.Linear(3, 5)}} | dict(
+        linears_by_kind({"transformer": student})
+    )
+    kinds["broken"][QUERY.replace("*", "0")].needs_grid = True
+    with pytest.raises(RuntimeError, match="shape"):
+        kind_errors({"transformer": pipe.transformer}, kinds, trajectory)
+    assert (dict(pipe.transformer.named_modules()), dict(student.named_modules())) == before
+    assert len(pipe.transformer._forward_pre_hooks) == hooks
 
 
-def test_a_model_without_packed_linears_is_refused(pipe, trajectory):
-    transformers = {"transformer": pipe.transformer}
-    with pytest.raises(InvalidInputError, match="no linears that s2q quantized"):
-        kind_errors(transformers, linear_weights(transformers), trajectory)
+def test_linears_of_a_second_transformer_are_kinds_of_their_own(student):
+    kinds = linears_by_kind({"transformer": student, "transformer_2": student})
+    assert {f"transformer_2.{kind}" for kind in linears_by_kind({"transformer": student})} < set(kinds)
 
 
-def test_weights_on_the_cpu_are_not_copied(pipe):
-    weights = linear_weights({"transformer": pipe.transformer})["transformer_blocks.0.attn1.to_q"]
-    linear = pipe.transformer.transformer_blocks[0].attn1.to_q
-    assert weights.weight.data_ptr() == linear.weight.data_ptr()
-    built = weights.linear(torch.device("cpu"))
-    x = torch.randn(3, linear.in_features)
-    assert torch.equal(built(x), linear(x))
+def test_linears_that_need_the_positions_of_tokens_get_them(tmp_path, pipe, trajectory):
+    pipe.save_pretrained(tmp_path / "full")
+    quantize(tmp_path / "full", recipe="deltaquant-w4a4", out=tmp_path / "quantized", prompts=["red"])
+    kinds = linears_by_kind({"transformer": load_pipeline(tmp_path / "quantized", dtype="float32").transformer})
+    assert any(linear.needs_grid for linears in kinds.values() for linear in linears.values())
+    (first, _) = kind_errors({"transformer": pipe.transformer}, kinds, trajectory)
+    assert all(0 < value < 1 for value in first.values())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_pattern_replaces_the_index_of_the_block_alone(name, pattern):
 
 def test_an_evaluation_has_the_kinds_with_the_largest_error_first(folders, student, errors):
     full, quantized = folders
-    settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "seeds": [0], "workers": 1}
+    settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "seeds": [0, 3], "workers": 1}
     stages = []
     result = evaluate(
         quantized,
@@ -142,16 +144,22 @@ def test_an_evaluation_has_the_kinds_with_the_largest_error_first(folders, stude
     assert result["metrics"] == without["metrics"]
 
 
-def test_the_sensitivity_of_a_full_precision_model_is_refused(folders):
-    full, _ = folders
-    with pytest.raises(InvalidInputError, match="sensitivity needs an s2q checkpoint"):
-        evaluate(full, reference=full, prompts=["red"], seeds=[0], sensitivity=1)
+def test_models_that_cannot_be_measured_are_refused_before_anything_is_generated(folders, pipe):
+    full, quantized = folders
+    options = {"prompts": ["red"], "seeds": [0], "sensitivity": 1, "progress": pytest.fail}
+    for model in (full, pipe):
+        with pytest.raises(InvalidInputError, match="sensitivity needs a model that s2q quantized"):
+            evaluate(model, reference=full, **options)
+    for reference in (quantized, load_pipeline(quantized)):
+        with pytest.raises(InvalidInputError, match="sensitivity needs a full-precision reference"):
+            evaluate(quantized, reference=reference, **options)
 
 
 def test_kinds_are_averaged_over_prompts():
-    kinds = {"a": ["a"], "blocks.*.b": ["blocks.0.b", "blocks.1.b"]}
+    counts = {"a": 1, "blocks.*.b": 2}
     videos = [{"a": 0.1, "blocks.*.b": 0.5}, {"a": 0.3, "blocks.*.b": 0.7}]
-    entry = summarise_kinds(kinds, ["red", "blue"], videos)
+    entry = summarise_kinds(counts, ["red", "blue"], videos)
     assert [(kind["linears"], kind["count"]) for kind in entry["kinds"]] == [("blocks.*.b", 2), ("a", 1)]
     assert [kind["mean"] for kind in entry["kinds"]] == pytest.approx([0.6, 0.2])
     assert entry["n_videos"] == 2
+    assert summarise_kinds(counts, [], []) is None

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from s2q.report.run_charts import LOSSES, SCORES, loss_chart, loss_keys, selection_chart, sensitivity_chart
+from s2q.report.run_charts import LOSSES, loss_chart, loss_keys, selection_chart, sensitivity_chart
+from s2q.selection.plot import SCORES
 
 
 def record(prompts=2, steps=3, **changes):
@@ -12,9 +13,9 @@ def record(prompts=2, steps=3, **changes):
         {
             "prompt": prompt,
             "step": step,
-            "diffusion_salience": 1.0 + prompt + step,
+            "diffusion_salience": 0.25 * (prompt + step) % 1.0,
             "quantization_salience": 0.5,
-            "salience": 0.1 * step,
+            "salience": 0.5 * step % 1.0,
             "selected": (prompt, step) in ((0, 2), (1, 0)),
         }
         for prompt in range(prompts)
@@ -34,19 +35,19 @@ def test_every_candidate_has_a_cell_in_each_map_and_selected_ones_a_frame():
     assert len(drawn) == 6 * len(SCORES)
     assert text.count('class="selected"') == 2 * len(SCORES)
     assert [tip for *_, tip in drawn[:3]] == [
-        "prompt 1, step 1: 1",
-        "prompt 1, step 2: 2",
-        "prompt 1, step 3: 3, selected",
+        "prompt 1, step 1: 0",
+        "prompt 1, step 2: 0.25",
+        "prompt 1, step 3: 0.5, selected",
     ]
     assert "6 candidates" in text
     assert "2 are selected" in text
 
 
-def test_a_map_is_scaled_from_its_least_to_its_largest_score():
+def test_a_higher_score_has_a_fuller_colour():
     diffusion, quantization, product = (cells(str(selection_chart(record())))[i : i + 6] for i in (0, 6, 12))
-    assert [strength for _, _, strength, _ in diffusion] == [0.08, 0.39, 0.69, 0.39, 0.69, 1.0]
-    assert {strength for _, _, strength, _ in quantization} == {0.08}, "equal scores"
-    assert [strength for _, _, strength, _ in product] == [0.08, 0.54, 1.0] * 2
+    assert [strength for _, _, strength, _ in diffusion] == [0.08, 0.31, 0.54, 0.31, 0.54, 0.77]
+    assert {strength for _, _, strength, _ in quantization} == {0.54}
+    assert [strength for _, _, strength, _ in product] == [0.08, 0.54, 0.08] * 2
 
 
 def test_steps_run_to_the_right_and_prompts_downwards():

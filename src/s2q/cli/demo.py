@@ -214,7 +214,8 @@ def _page(
         tables={"Quantization, block by block": blocks, "Every linear of the blocks": report["layers"]},
         commands=(
             f"s2q quantize -m {model} -r {recipe.name}{changes} -o {checkpoint}",
-            f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps} -o eval.json",
+            f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps}"
+            f" --sensitivity {_SENSITIVITY_PROMPTS} -o eval.json",
             f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} --steps {steps} -o videos",
         ),
         seconds=dict(seconds),

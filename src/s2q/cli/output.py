@@ -255,8 +255,8 @@ def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None)
         Text.assemble(("Evaluation ", "bold"), f"{evaluation['model']} against {evaluation['reference']}, {sample}")
     )
     out.print(metric_table(evaluation))
-    if "sensitivity" in evaluation:
-        out.print(_sensitivity_table(evaluation["sensitivity"]))
+    if sensitivity := evaluation.get("sensitivity"):
+        out.print(_sensitivity_table(sensitivity))
     if "vbench" in evaluation:
         out.print(judges_table(evaluation, scheme=scheme))
         for note in evaluation["vbench"]["notes"]:

@@ -28,12 +28,13 @@ from s2q.evaluation.judges.learned import Judges, open_judges
 from s2q.evaluation.parallel import MeasuredShard, Shard, measure_shards, shards_of
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
-from s2q.evaluation.sensitivity import kind_errors, linear_weights, linears_by_kind
+from s2q.evaluation.sensitivity import kind_errors, linears_by_kind
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
 from s2q.evaluation.summary import summarise, summarise_kinds
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, selected_metrics
 from s2q.generation.defaults import calibrated_generation, embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
+from s2q.generation.exclusive import exclusive
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
 from s2q.generation.load import (
     check_model,
@@ -180,8 +181,8 @@ def _evaluate(
     settings = replace(settings, recommended=calibrated_generation(model) or {})
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
-    if sensitivity and isinstance(model, ModelSource) and not is_checkpoint(model):
-        raise InvalidInputError(f"{model_label(model)}: sensitivity needs an s2q checkpoint")
+    if sensitivity:
+        _check_sensitivity(model, reference)
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
         measured = _evaluate_shards(
             model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
@@ -210,24 +211,35 @@ def _measure_sensitivity(
     seed: int,
     settings: EvaluationSettings,
     progress: Progress | None,
-) -> dict[str, Any]:
-    """Measure the velocity error of each kind of linears alone, for `summarise_kinds`."""
+) -> dict[str, Any] | None:
+    """Measure the velocity error of each kind of linears alone; see `summarise_kinds`."""
     settings = replace(settings, metrics=(VELOCITY,))
     pipe = _open(reference, settings, dtype=settings.dtype)
-    run = run_reference(reference, pipe=pipe, prompts=prompts, seeds=(seed,), settings=settings, progress=progress)
-    weights = linear_weights(transformers_of(pipe))
-    if pipe is not reference:
-        del pipe
-        free_memory()
-    students = transformers_of(_open(model, settings, dtype=run.dtype))
-    kinds = linears_by_kind(students)
+    run = run_reference(
+        reference, pipe=pipe, judges=Judges(), prompts=prompts, seeds=(seed,), settings=settings, progress=progress
+    )
+    student = _open(model, replace(settings, device="cpu", offload=AUTO), dtype=run.dtype)
+    kinds = linears_by_kind(transformers_of(student))
     tick = StageCounter(progress, "sensitivity", len(kinds) * run.recordings.num_calls)
     recorded: list[str] = []
     errors: list[dict[str, float]] = []
-    for trajectory in run.recordings.recorded():
-        recorded += trajectory.prompts
-        errors += kind_errors(students, weights, trajectory, step_done=tick)
-    return summarise_kinds(kinds, recorded, errors)
+    with exclusive(pipe):
+        for trajectory in run.recordings.recorded():
+            recorded += trajectory.prompts
+            errors += kind_errors(transformers_of(pipe), kinds, trajectory, step_done=tick)
+    return summarise_kinds({kind: len(linears) for kind, linears in kinds.items()}, recorded, errors)
+
+
+def _check_sensitivity(model: Any, reference: Any) -> None:
+    """Refuse a model that s2q has not quantized, and a quantized reference."""
+
+    def packed(side: Any) -> bool:
+        return is_checkpoint(side) if isinstance(side, ModelSource) else bool(linears_by_kind(transformers_of(side)))
+
+    if not packed(model):
+        raise InvalidInputError(f"{model_label(model)}: sensitivity needs a model that s2q quantized")
+    if packed(reference) or (isinstance(reference, ModelSource) and reference.is_quantized):
+        raise InvalidInputError(f"{model_label(reference)}: sensitivity needs a full-precision reference")
 
 
 def _evaluate_shards(

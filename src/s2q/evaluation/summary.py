@@ -56,12 +56,12 @@ def summarise(measured: EvaluationResult) -> dict[str, Any]:
 
 
 def summarise_kinds(
-    kinds: Mapping[str, Sequence[str]], prompts: Sequence[str], errors: Sequence[Mapping[str, float]]
-) -> dict[str, Any]:
-    """Build the entry `sensitivity` of `eval.json`.
+    counts: Mapping[str, int], prompts: Sequence[str], errors: Sequence[Mapping[str, float]]
+) -> dict[str, Any] | None:
+    """Build the entry `sensitivity` of `eval.json`; None where no video was measured.
 
     Args:
-        kinds: Names of the linears of each kind.
+        counts: Number of linears of each kind.
         prompts: Prompt of each video.
         errors: Velocity error of each video by kind.
 
@@ -69,16 +69,16 @@ def summarise_kinds(
         `definition`, `n_videos` and `kinds`, the largest error first: `linears` ("blocks.*.attn1.to_q"), their number
         `count`, and `mean`, `low` and `high` of the error over the prompts.
     """
-    entries = []
-    for kind, names in kinds.items():
-        by_prompt: dict[str, list[float]] = {}
-        for prompt, video in zip(prompts, errors, strict=True):
-            by_prompt.setdefault(prompt, []).append(video[kind])
-        entries.append({"linears": kind, "count": len(names), **asdict(clustered_mean(by_prompt))})
+    if not errors:
+        return None
+    means = {kind: asdict(clustered_mean(_by_prompt(prompts, [video[kind] for video in errors]))) for kind in counts}
     return {
         "definition": "velocity error with the linears of one kind quantized, all others at full precision",
         "n_videos": len(errors),
-        "kinds": sorted(entries, key=lambda entry: -entry["mean"]),
+        "kinds": [
+            {"linears": kind, "count": counts[kind], **means[kind]}
+            for kind in sorted(counts, key=lambda kind: -means[kind]["mean"])
+        ],
     }
 
 
@@ -120,18 +120,19 @@ def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def _estimate(name: str, judged: Sequence[VideoScores], tables: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    by_prompt = _by_prompt(judged, [table[name] for table in tables])
+    by_prompt = _by_prompt([video.prompt for video in judged], [table[name] for table in tables])
     entry: dict[str, Any] = {"mean": None, "low": None, "high": None}
     if by_prompt:
         entry = asdict(clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE))
     return entry | {"definition": definition_of(name), "version": version_of(name)}
 
 
-def _by_prompt(videos: Sequence[VideoScores], values: Sequence[float | None]) -> dict[str, list[float]]:
+def _by_prompt(prompts: Sequence[str], values: Sequence[float | None]) -> dict[str, list[float]]:
+    """Return the values of the videos of each prompt, without None."""
     by_prompt: dict[str, list[float]] = {}
-    for video, value in zip(videos, values, strict=True):
+    for prompt, value in zip(prompts, values, strict=True):
         if value is not None:
-            by_prompt.setdefault(video.prompt, []).append(value)
+            by_prompt.setdefault(prompt, []).append(value)
     return by_prompt
 
 
@@ -139,8 +140,8 @@ def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float])
     recorded = [video for video in videos if video.velocity_steps]
     if not recorded:
         return None
-    steps = []
+    steps, prompts = [], [video.prompt for video in recorded]
     for index, timestep in enumerate(timesteps):
-        by_prompt = _by_prompt(recorded, [video.velocity_steps[index] for video in recorded])
+        by_prompt = _by_prompt(prompts, [video.velocity_steps[index] for video in recorded])
         steps.append({"step": index, "timestep": timestep, **asdict(clustered_mean(by_prompt))})
     return {"definition": definition_of(VELOCITY), "n_videos": len(recorded), "steps": steps}

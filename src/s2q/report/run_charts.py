@@ -11,13 +11,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from s2q.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, decade, label_text, svg
+from s2q.selection.plot import SCORES
 
-SCORES = {
-    "diffusion_salience": "diffusion salience",
-    "quantization_salience": "quantization salience",
-    "salience": "product",
-}
-"""Scores of `selection.json`, with their titles."""
 LOSSES = {"rtn": "round to nearest", "initial": "before learning", "final": "as packed"}
 """Losses of a block in `report.json` that the chart has, with their titles."""
 _GAP = 44
@@ -28,7 +23,7 @@ _ROW = 28
 def selection_chart(record: Mapping[str, Any]) -> Markup:
     """Draw the scores of all candidates over denoising steps × prompts, selected candidates framed.
 
-    A map for each score, scaled from its least to its largest value; one map without scores where they are all alike.
+    A map for each score; colours go from 0 to 1, as in `selection.plot`.
 
     Args:
         record: The content of `selection.json`.
@@ -52,12 +47,11 @@ def selection_chart(record: Mapping[str, Any]) -> Markup:
 
 
 def _map(candidates: Sequence[Mapping[str, Any]], key: str, *, top: float, cell: float, tall: float) -> list[str]:
-    values = [candidate[key] for candidate in candidates]
-    low, high = min(values), max(values)
     parts = []
-    for candidate, value in zip(candidates, values, strict=True):
+    for candidate in candidates:
+        value = candidate[key]
         x, y = LEFT + candidate["step"] * cell, top + candidate["prompt"] * tall
-        strength = 0.08 + 0.92 * ((value - low) / (high - low) if high > low else 0.0)
+        strength = 0.08 + 0.92 * value
         tip = f"prompt {candidate['prompt'] + 1}, step {candidate['step'] + 1}: {value:.3g}"
         tip += ", selected" if candidate["selected"] else ""
         parts.append(
@@ -101,8 +95,7 @@ def loss_chart(blocks: Sequence[Mapping[str, Any]]) -> Markup:
     Args:
         blocks: `blocks` of `report.json`.
     """
-    lines = {key: [block["loss"].get(key) for block in blocks] for key in LOSSES}
-    lines = {key: values for key, values in lines.items() if any(values)}
+    lines = {key: [block["loss"].get(key) for block in blocks] for key in loss_keys(blocks)}
     positive = [value for values in lines.values() for value in values if value]
     if not positive:
         return Markup("")

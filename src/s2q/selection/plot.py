@@ -6,6 +6,13 @@ from typing import Any
 
 import numpy as np
 
+SCORES = {
+    "diffusion_salience": "diffusion salience",
+    "quantization_salience": "quantization salience",
+    "salience": "their product",
+}
+"""Scores of a candidate in `selection.json`, from 0 to 1, with their titles."""
+
 
 def selection_plot(record: Mapping[str, Any]) -> bytes:
     """Draw the three scores over prompts × timesteps, the chosen candidates marked."""
@@ -16,14 +23,9 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     columns = 1 + max(candidate["step"] for candidate in record["candidates"])
     figure = Figure(figsize=(min(16.0, 3 + 0.2 * columns), 1.5 + 3 * (0.6 + 0.16 * rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    titles = {
-        "diffusion_salience": "diffusion salience",
-        "quantization_salience": "quantization salience",
-        "salience": "their product",
-    }
-    axes = figure.subplots(len(titles), 1, squeeze=False, sharex=True)[:, 0]
+    axes = figure.subplots(len(SCORES), 1, squeeze=False, sharex=True)[:, 0]
     chosen = [(candidate["step"], candidate["prompt"]) for candidate in record["candidates"] if candidate["selected"]]
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+    for axis, (key, title) in zip(axes, SCORES.items(), strict=True):
         grid = np.full((rows, columns), np.nan)
         for candidate in record["candidates"]:
             grid[candidate["prompt"], candidate["step"]] = candidate[key]
