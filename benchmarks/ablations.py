@@ -29,10 +29,11 @@ from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import Trajectory, record_trajectory
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
-from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
+from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts, starts_from_image
 
 RESULTS = Path(__file__).parent / "results" / "ablations"
 BATCH = 16
+TEXT_TO_VIDEO = [name for name in EMBEDDED_NAMES if not starts_from_image(name)]
 logger = logging.getLogger("ablations")
 
 
@@ -79,7 +80,7 @@ def main() -> None:
     """Measure the runs of a group that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("-m", "--model", default=EMBEDDED_NAMES[0], choices=EMBEDDED_NAMES)
+    parser.add_argument("-m", "--model", default=TEXT_TO_VIDEO[0], choices=TEXT_TO_VIDEO)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--only", action="append", help="name of a variant; may be given again")

@@ -75,11 +75,13 @@ def _quality(model: str) -> list[dict]:
 def quality_table(model: str) -> str:
     """Recipes of one model against its full precision, means with 95 % intervals over prompts."""
     results = _quality(model)
-    head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all labels)"]
-    lines = table_head("recipe", head)
     first = results[0]
-    reference = interval(first["metrics"]["reference_adherence_all"], ".3f")
-    lines.append(table_row("full precision", ["1.00×", "", "", "", "", reference]))
+    frame = ["first_frame_psnr_db"] if _has_images(first) else []
+    head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all labels)"]
+    lines = table_head("recipe", [*head, *("first frame, dB" for _ in frame)])
+    alone = [interval(first["metrics"]["reference_adherence_all"], ".3f")]
+    alone += [interval(first["metrics"][f"reference_{name}"], ".1f") for name in frame]
+    lines.append(table_row("full precision", ["1.00×", "", "", "", "", *alone]))
     for result in results:
         metrics = result["metrics"]
         cells = [
@@ -89,11 +91,14 @@ def quality_table(model: str) -> str:
             interval(metrics["latent_relative_l2"], ".3f"),
             interval(metrics["velocity_relative_error"], ".5f"),
             interval(metrics["adherence_all"], ".3f"),
+            *(interval(metrics[name], ".1f") for name in frame),
         ]
         lines.append(table_row(f"`{result['model']}`", cells))
     floor = first["noise_floor"]
     if floor:
-        lines.append(table_row("full precision, different seed", ["", *_floor_cells(floor), "", ""]))
+        lines.append(
+            table_row("full precision, different seed", ["", *_floor_cells(floor), "", "", *("" for _ in frame)])
+        )
     settings = first["settings"]
     lines += [
         "",
@@ -103,6 +108,11 @@ def quality_table(model: str) -> str:
         f"(torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}).",
     ]
     return "\n".join(lines)
+
+
+def _has_images(result: dict) -> bool:
+    """Whether the videos of a result start from images; results before that metric have none."""
+    return result["metrics"].get("first_frame_psnr_db", {"mean": None})["mean"] is not None
 
 
 def _floor_cells(floor: dict) -> list[str]:

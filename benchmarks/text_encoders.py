@@ -26,8 +26,9 @@ from s2q.generation.defaults import generation_defaults
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import Trajectory, record_trajectory
-from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_folder, embedded_prompts
+from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_folder, embedded_prompts, starts_from_image
 
+TEXT_TO_VIDEO = [name for name in EMBEDDED_NAMES if not starts_from_image(name)]
 RESULTS = Path(__file__).parent / "results" / "text-encoders"
 GROUPED = ["text_encoder.granularity=per_group", "text_encoder.group_size=32"]
 TABLE = ["text_encoder.levels=table", "text_encoder.granularity=per_group", "text_encoder.group_size=16"]
@@ -102,7 +103,7 @@ def measure(model: str, *, prompts: int) -> dict:
 def main() -> None:
     """Measure a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-m", "--model", required=True, choices=EMBEDDED_NAMES)
+    parser.add_argument("-m", "--model", required=True, choices=TEXT_TO_VIDEO)
     parser.add_argument("--prompts", type=int, default=12)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,9 @@
-"""``python -m training MODEL --work DIR --out DIR``: train an embedded model from nothing.
+"""``python -m training MODEL --work DIR --out DIR``: train an embedded model.
 
 Stages: autoencoder → decoder alone (not where the latents are another model's) → latents of the training scenes →
-transformer with text encoder → assembled folder with training card. Each stage resumes from its last checkpoint; a
-finished one is skipped.
+transformer with text encoder → assembled folder with training card. A model that starts from another one has its
+autoencoder and text encoder, and trains the transformer alone. Each stage resumes from its last checkpoint; a finished
+one is skipped.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from s2q.shapes.embedded import embedded_pipeline, embedded_prompts
+from s2q.shapes.embedded import embedded_pipeline, embedded_prompts, first_frame, starts_from_image
 from s2q.shapes.scenes import combinations
 from training.architecture import EmbeddedArchitecture
 from training.assemble import (
@@ -28,16 +29,18 @@ from training.assemble import (
     write_card,
 )
 from training.cogvideox import ShapesCogVideoX
+from training.image_to_video import ImageToVideoTask, ShapesWanImageToVideo
 from training.loop import TrainingSettings, train
-from training.quality import adherence, sample, write_sheet
+from training.quality import adherence, first_frame_psnr, sample, write_sheet
 from training.transformer import TransformerTask, encode_pool
 from training.vae import DecoderTask, TaughtVAETask, VAETask
 from training.wan import ShapesWan
 
 logger = logging.getLogger("training")
 
-ARCHITECTURES: dict[str, type[EmbeddedArchitecture]] = {cls.name: cls for cls in (ShapesCogVideoX, ShapesWan)}
-POOL_SIZE = 32_768
+ARCHITECTURES: dict[str, type[EmbeddedArchitecture]] = {
+    cls.name: cls for cls in (ShapesCogVideoX, ShapesWan, ShapesWanImageToVideo)
+}
 VAE_SETTINGS = TrainingSettings(
     steps=1700, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1
 )
@@ -52,13 +55,24 @@ TRANSFORMER_SETTINGS = {
     "shapes-wan": TrainingSettings(
         steps=2400, batch_size=48, learning_rate=2e-3, muon=True, seed=1, checkpoint_every=100
     ),
+    "shapes-wan-i2v": TrainingSettings(
+        steps=900,
+        batch_size=32,
+        learning_rate=6e-4,
+        warmup_steps=30,
+        muon=True,
+        ema_decay=0.995,
+        seed=1,
+        checkpoint_every=150,
+    ),
 }
+POOL_SIZES = {"shapes-cogvideox": 32_768, "shapes-wan": 32_768, "shapes-wan-i2v": 12_288}
 _TOLD = ("steps", "batch_size", "seed")
 
 
 def main() -> None:
     """Run every stage that is not done yet."""
-    parser = argparse.ArgumentParser(description="Train an embedded model from nothing.")
+    parser = argparse.ArgumentParser(description="Train an embedded model.")
     parser.add_argument("model", choices=sorted(ARCHITECTURES), help="which one")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished diffusers pipeline")
@@ -71,32 +85,41 @@ def main() -> None:
     held_out = combinations(held_out=True)
     model = ARCHITECTURES[arguments.model]()
 
-    teacher = None
+    teacher, stages = None, dict[str, Path]()
     if model.latents_of is not None:
         teacher = ARCHITECTURES[model.latents_of](), embedded_pipeline(model.latents_of, dtype=torch.float32).vae
-    vae, stages = _autoencoder(model, teacher, work, run)
+    if model.starts_from is not None:
+        vae = model.build_vae().eval()
+        vae.load_state_dict(embedded_pipeline(model.starts_from, dtype=torch.float32).vae.state_dict())
+    else:
+        vae, stages = _autoencoder(model, teacher, work, run)
     reconstruction = reconstruction_quality(vae, held_out, seed=4)
     logger.info("reconstruction of held-out scenes: %s", reconstruction)
 
     pool = work / "pool.safetensors"
     if not pool.exists():
         encoder, encoding = teacher or (model, vae)
-        encode_pool(encoder, encoding.to(arguments.device), pool, count=POOL_SIZE, seed=5)
+        encode_pool(encoder, encoding.to(arguments.device), pool, count=POOL_SIZES[model.name], seed=5)
     vae.to("cpu")
-    task = functools.partial(TransformerTask, model, pool=pool, seed=1)
+    task_class = TransformerTask if model.starts_from is None else ImageToVideoTask
+    task = functools.partial(task_class, model, pool=pool, seed=1)
     train(task, TRANSFORMER_SETTINGS[model.name], work / "transformer", **run)
 
     pipeline = assemble(model, vae, work / "transformer", arguments.out, seed=1)
     pipeline.to(torch.float32)
     prompts = embedded_prompts(model.name, split="held-out")
-    started = time.monotonic()
-    videos = [sample(pipeline, prompts, seed=seed, **model.generation) for seed in (0, 1)]
-    quality = adherence(prompts * 2, torch.cat(videos))
-    logger.info("%d videos in %.0f s: %s", 2 * len(prompts), time.monotonic() - started, quality)
+    images = [first_frame(model.name, prompt) for prompt in prompts] if starts_from_image(model.name) else None
+    started, seeds = time.monotonic(), (0, 1) if images is None else (0,)
+    videos = [sample(pipeline, prompts, images=images, seed=seed, **model.generation) for seed in seeds]
+    quality = adherence(prompts * len(seeds), torch.cat(videos))
+    if images is not None:
+        quality["first_frame_psnr_db"] = first_frame_psnr(torch.cat(videos), images * len(seeds))
+    logger.info("%d videos in %.0f s: %s", len(seeds) * len(prompts), time.monotonic() - started, quality)
     write_sheet(videos[0][:24], arguments.out / "samples.png")
     stages |= {"transformer": work / "transformer"}
     plot_losses(stages, arguments.out / "losses.png")
-    facts = _facts(arguments.processes, arguments.device, stages, reconstruction, quality)
+    facts = _facts(model, run, stages, reconstruction)
+    facts[f"full_precision_adherence_on_held_out_prompts_x_{len(seeds)}_seed{'s' * (len(seeds) > 1)}"] = quality
     write_card(model, arguments.out, facts | ({"note": arguments.note} if arguments.note else {}))
 
 
@@ -116,19 +139,22 @@ def _autoencoder(
 
 
 def _facts(
-    processes: int, device: str, stages: dict[str, Path], reconstruction: dict[str, float], quality: dict[str, float]
+    model: EmbeddedArchitecture,
+    run: dict[str, Any],
+    stages: dict[str, Path],
+    reconstruction: dict[str, float],
 ) -> dict[str, object]:
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{processes} CPU cores ({platform.machine()})"
+    processes = run["processes"]
+    hardware = f"{processes} CPU core{'s' if processes > 1 else ''} ({platform.machine()})"
+    drawn = "scenes drawn afresh for the autoencoder, " if "autoencoder" in stages else ""
     return {
         "data": f"{len(combinations(held_out=False))} combinations of shape, colour, motion and background; "
-        f"{len(combinations(held_out=True))} held out; scenes drawn afresh for the autoencoder, "
-        f"{POOL_SIZE} scenes for the transformer",
+        f"{len(combinations(held_out=True))} held out; {drawn}{POOL_SIZES[model.name]} scenes for the transformer",
         **{key: {name: _settings(folder)[key] for name, folder in stages.items()} for key in _TOLD},
         "minutes": {name: round(_minutes(folder), 1) for name, folder in stages.items()},
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if run["device"] == "cuda" else hardware,
         "torch": torch.__version__,
         "reconstruction_of_held_out_scenes": reconstruction,
-        "full_precision_adherence_on_held_out_prompts_x_2_seeds": quality,
     }
 
 

@@ -44,12 +44,14 @@ class EmbeddedArchitecture(ABC):
         name: Of the embedded model, "shapes-cogvideox".
         title: What the pipeline is, for the training card.
         latents_of: The embedded model whose latents this one has too; None if its autoencoder makes its own.
+        starts_from: The embedded model whose weights this one starts from; None for fresh ones.
         guidance_scale: Of the judged videos.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     latents_of: ClassVar[str | None] = None
+    starts_from: ClassVar[str | None] = None
     guidance_scale: ClassVar[float]
 
     @property
@@ -80,6 +82,10 @@ class EmbeddedArchitecture(ABC):
         The mean of the posterior; the weights of the autoencoder normalise it.
         """
         return vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean
+
+    def pooled(self, vae: Any, videos: Tensor) -> dict[str, Tensor]:
+        """The training data of the transformer, by name: each [B, C, f, h, w]."""
+        return {"latents": self.latents(vae, videos)}
 
     @abstractmethod
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:

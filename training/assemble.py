@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from s2q.common.files import atomic_write_json, atomic_write_text
+from s2q.shapes.embedded import embedded_pipeline
 from s2q.shapes.scenes import SceneLabels
 from training.architecture import EmbeddedArchitecture, build_pipeline
 from training.loop import load_average
@@ -47,9 +48,14 @@ def reconstruction_quality(vae: Any, labels: Sequence[SceneLabels], *, seed: int
 
 def assemble(architecture: EmbeddedArchitecture, vae: Any, transformer_run: Path, out: Path, *, seed: int) -> Any:
     """Write the diffusers folder in bfloat16 with an autoencoder of normalised latents; ``out`` is replaced."""
-    pipeline = build_pipeline(architecture, seed=seed)
+    pipeline, trained = build_pipeline(architecture, seed=seed), ["transformer"]
     pipeline.register_modules(vae=vae)
-    for part in ("transformer", "text_encoder"):
+    if architecture.starts_from is None:
+        trained.append("text_encoder")
+    else:
+        start = embedded_pipeline(architecture.starts_from, dtype=torch.float32)
+        pipeline.text_encoder.load_state_dict(start.text_encoder.state_dict())
+    for part in trained:
         load_average(getattr(pipeline, part), transformer_run / "ema.safetensors", prefix=f"{part}.")
     pipeline.to(torch.bfloat16)
     shutil.rmtree(out, ignore_errors=True)
@@ -93,7 +99,7 @@ def write_card(architecture: EmbeddedArchitecture, out: Path, facts: dict[str, A
         f"# {architecture.name}",
         "",
         architecture.title,
-        "trained from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No other data",
+        f"{_start(architecture)} on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No other data",
         f"{_other_weights(architecture)} It is there so that quantization can be tried and judged anywhere, offline.",
         "",
         "![loss](losses.png)",
@@ -110,8 +116,18 @@ def write_card(architecture: EmbeddedArchitecture, out: Path, facts: dict[str, A
     atomic_write_text(out / "README.md", "\n".join(lines))
 
 
+def _start(architecture: EmbeddedArchitecture) -> str:
+    """The origin of the weights, as the end of the sentence that begins with the title."""
+    if architecture.starts_from is None:
+        return "trained from nothing"
+    frozen = "text encoder and autoencoder\nfrozen,"
+    return f"whose transformer was trained from that of `{architecture.starts_from}`, {frozen}"
+
+
 def _other_weights(architecture: EmbeddedArchitecture) -> str:
     """The end of the sentence that says what went into a model besides its data."""
+    if architecture.starts_from is not None:
+        return f"went into it, but other weights did: those of `{architecture.starts_from}`."
     if architecture.latents_of is None:
         return "or weights went into it."
     teacher = f"the autoencoder of `{architecture.latents_of}`"

@@ -16,18 +16,37 @@ LABEL_FIELDS = ("shape", "colour", "motion", "background")
 
 
 @torch.no_grad()
-def sample(pipeline: Any, prompts: Sequence[str], *, seed: int, batch_size: int = 16, **settings: Any) -> Tensor:
-    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own."""
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    images: Sequence[Tensor] | None = None,
+    seed: int,
+    batch_size: int = 16,
+    **settings: Any,
+) -> Tensor:
+    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own.
+
+    With images, one a prompt, ``[H, W, 3]`` uint8, a call of the pipeline makes one video.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    videos = []
+    videos, batch_size = [], batch_size if images is None else 1
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(batch))]
+        first = {} if images is None else {"image": Image.fromarray(images[start].numpy())}
         result = pipeline(
-            prompt=batch, generator=generators, output_type="pt", max_sequence_length=TEXT_TOKENS, **settings
+            prompt=batch, generator=generators, output_type="pt", max_sequence_length=TEXT_TOKENS, **first, **settings
         )
         videos.append(result.frames.float().cpu())
     return torch.cat(videos)
+
+
+def first_frame_psnr(videos: Tensor, images: Sequence[Tensor]) -> float:
+    """Mean PSNR in dB of the first frames of videos [B, F, 3, H, W] in [0, 1] against images [H, W, 3] uint8."""
+    given = torch.stack([image.permute(2, 0, 1).float() / 255 for image in images])
+    errors = (videos[:, 0] - given).square().mean(dim=(1, 2, 3))
+    return float((-10 * torch.log10(errors)).mean())
 
 
 def adherence(prompts: Sequence[str], videos: Tensor) -> dict[str, float]:

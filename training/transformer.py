@@ -34,17 +34,21 @@ def encode_pool(
     batch_size: int = 64,
     draw: DrawBatch = sample_training_batch,
 ) -> None:
-    """Encode ``count`` training scenes once: ``[count, C, f, h, w]`` float16, and the captions beside it as JSON."""
+    """Encode ``count`` training scenes once: ``[count, C, f, h, w]`` float16, and the captions beside it as JSON.
+
+    Where a model has conditions, they are in the same file.
+    """
     device = next(vae.parameters()).device
-    latents, captions = [], []
+    encoded: dict[str, list[Tensor]] = {}
+    captions: list[str] = []
     for start in range(0, count, batch_size):
         generator = torch.Generator().manual_seed(derive_seed(seed, "pool", start))
         videos, texts = draw(min(batch_size, count - start), generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
-            mean = architecture.latents(vae, videos.to(device))
-        latents.append(mean.to("cpu", torch.float16))
+            for name, tensor in architecture.pooled(vae, videos.to(device)).items():
+                encoded.setdefault(name, []).append(tensor.to("cpu", torch.float16))
         captions += texts
-    save_file({"latents": torch.cat(latents).contiguous()}, path)
+    save_file({name: torch.cat(tensors).contiguous() for name, tensors in encoded.items()}, path)
     path.with_suffix(".json").write_text(json.dumps(captions))
 
 
@@ -93,6 +97,10 @@ class TransformerTask:
             texts.append(text)
         return texts
 
+    def transformer_input(self, noised: Tensor, picks: Tensor) -> Tensor:
+        """The input of the transformer for noised latents [B, C, f, h, w] of the scenes `picks` [B] of the pool."""
+        return noised
+
     def loss(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of a fresh batch; timesteps are stratified over the batch, which steadies the gradient."""
         architecture = self.architecture
@@ -102,10 +110,11 @@ class TransformerTask:
         noise = torch.randn(clean.shape, generator=generator)
         fraction = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
         noised, target, timesteps = (tensor.to(device) for tensor in architecture.noised(clean, noise, fraction))
+        inputs = self.transformer_input(noised, picks)
         texts = self._texts(picks.tolist(), generator)
         length = architecture.text_length(float(torch.rand((), generator=generator)))
         with torch.autocast(device.type, torch.bfloat16):
             text = architecture.encode_text(self.text_encoder, self.tokenizer, texts, length=length)
-            output = architecture.predict(self.transformer, noised, text, timesteps)
+            output = architecture.predict(self.transformer, inputs, text, timesteps)
         error = (output.float() - target).square()
         return (error * object_weights(clean).to(device)).mean(), {"unweighted": float(error.detach().mean())}

@@ -1,4 +1,4 @@
-"""Videos of scenes, drawn with anti-aliased edges and sub-pixel positions, and the words of their captions.
+"""Batches of scenes as videos, and the words of their captions.
 
 The same state of the ``torch.Generator`` gives the same pixels and captions.
 
@@ -19,12 +19,11 @@ from s2q.shapes.scenes import (
     SIZE_WORDS,
     SPEED_WORDS,
     STILL_PHRASES,
-    Scene,
     SceneLabels,
     caption,
     combinations,
+    render,
     sample_scene,
-    shape_coverage,
 )
 
 
@@ -36,25 +35,6 @@ def vocabulary() -> list[str]:
     phrases += " ".join(("", *SIZE_WORDS.values(), *SPEED_WORDS.values()))
     words = phrases.replace(",", " ").split()
     return sorted({*words, "an", *SHAPES, *COLOURS, *MOTIONS, *BACKGROUNDS})
-
-
-def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
-    """Draw a scene, ``[F, 3, H, W]`` float32 in ``[0, 1]``, with ``H = W = size``."""
-    dx, dy = MOTIONS[str(scene.labels.motion)]
-    frame = torch.arange(num_frames, dtype=torch.float32)
-    centre_x = (scene.start_x + dx * scene.pixels_per_frame * frame)[:, None, None]
-    centre_y = (scene.start_y + dy * scene.pixels_per_frame * frame)[:, None, None]
-    pixel = torch.arange(size, dtype=torch.float32) + 0.5
-    coverage = shape_coverage(
-        str(scene.labels.shape),
-        x=pixel[None, None, :] - centre_x,
-        y=pixel[None, :, None] - centre_y,
-        radius=scene.radius,
-    )[:, None]
-    shade = scene.background_slope * (pixel / size * 2 - 1)
-    background = torch.tensor(scene.background_rgb)[:, None, None] + shade[None, :, None]
-    colour = torch.tensor(scene.colour_rgb)[:, None, None]
-    return (coverage * colour + (1 - coverage) * background).clamp(0, 1)
 
 
 def sample_training_batch(count: int, *, generator: torch.Generator) -> tuple[Tensor, list[str]]:

@@ -58,7 +58,7 @@ class ShapesWan(EmbeddedArchitecture):
             rope_max_seq_len=32,
         )
 
-    def assemble(self, **parts: Any) -> WanPipeline:
+    def assemble(self, **parts: Any) -> Any:
         """The pipeline with Wan's own scheduler, its noise levels not shifted."""
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction",
@@ -66,6 +66,10 @@ class ShapesWan(EmbeddedArchitecture):
             flow_shift=1.0,
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         )
+        return self.pipeline(scheduler, **parts)
+
+    def pipeline(self, scheduler: UniPCMultistepScheduler, **parts: Any) -> Any:
+        """The pipeline of a scheduler and the other parts."""
         return WanPipeline(scheduler=scheduler, **parts)
 
     def decoded(self, vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

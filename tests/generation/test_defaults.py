@@ -1,13 +1,18 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.generation.defaults import embedded_source, generation_defaults, model_label
+from s2q.generation.defaults import embedded_source, generation_defaults, model_label, with_first_frames
+from s2q.generation.prompts import Prompt, prompt_list
 from s2q.shapes import embedded
+from tiny import image_prompts
 
-STRESS = "shapes-cogvideox-outliers"
+STRESS, IMAGE = "shapes-cogvideox-outliers", "shapes-wan-i2v"
+CAPTION = "a red circle moving left on a grey background"
 
 
 @pytest.fixture
@@ -56,3 +61,17 @@ def test_a_model_label_is_its_folder_source_or_class(tmp_path):
     assert model_label(tmp_path) == str(tmp_path)
     assert model_label(loaded_from("here")) == "here"
     assert model_label(object()) == "object"
+
+
+def test_captions_of_an_image_model_get_the_first_frame_of_their_scene(tmp_path):
+    (tmp_path / "s2q").mkdir()
+    (tmp_path / "s2q/report.json").write_text(json.dumps({"source": IMAGE}))
+    given = Prompt("a blue square", image=prompt_list("prompts", image_prompts("a"))[0].image)
+    text = Prompt(CAPTION, negative_prompt="grey", seed=3)
+    for model in (IMAGE, tmp_path):
+        drawn, kept, unknown = with_first_frames(model, [text, given, "a cat"])
+        assert (drawn, drawn.negative_prompt, drawn.seed) == (CAPTION, "grey", 3)
+        assert torch.equal(torch.from_numpy(np.array(drawn.image.pixels)), embedded.first_frame(IMAGE, CAPTION))
+        assert kept is given
+        assert unknown.image is None
+    assert [prompt.image for prompt in with_first_frames("shapes-wan", [text])] == [None]

@@ -24,6 +24,7 @@ from s2q.models import block_linears, family_of, resolve_model
 from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
+from s2q.shapes import embedded
 from tiny import image_prompts, tiny_pipeline, video_size, video_to_video
 from tiny_families import IMAGE_TO_VIDEO
 
@@ -248,3 +249,28 @@ def test_wan_has_linears_for_the_tokens_of_an_image_in_its_cross_attention_alone
     found = [name for name in listed if "add_" in name]
     assert found == [f"blocks.{block}.attn2.add_{kind}_proj" for block in range(2) for kind in "kv"]
     assert len(listed) == 2 * 12
+
+
+def test_the_embedded_model_needs_no_image_for_captions(tmp_path, monkeypatch, no_encoding, capsys):
+    folder, caption = tmp_path / "model", "a red circle moving left on a grey background"
+    tiny_pipeline("wan image").save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(CALL | {"guidance_scale": 2.0}))
+    monkeypatch.setattr(embedded, "embedded_folder", lambda _name: folder)
+    few, name = ["--num-prompts", "2", "--seeds", "1", "--device", "cpu"], "shapes-wan-i2v"
+    overrides = [argument for text in OVERRIDES for argument in ("--set", text)]
+    out = ["-o", str(tmp_path / "out")]
+    assert run(["quantize", "-m", name, "-r", "s2q-w4a6", *out, "--device", "cpu", *overrides]) == 0
+    selection = json.loads((tmp_path / "out/s2q/selection.json").read_text())
+    assert all(set(prompt) == {"prompt", "image"} for prompt in selection["prompts"])
+    for model in (name, str(tmp_path / "out")):
+        options = ["-m", model, "-o", str(tmp_path / "videos"), "--overwrite", "--device", "cpu"]
+        assert run(["generate", *options, "--prompt", caption]) == 0
+        assert "image" in json.loads((tmp_path / "videos/generation.json").read_text())["videos"][0]
+        assert run(["generate", *options, "--prompt", "a cat"]) == 3
+        assert "has no image" in capsys.readouterr().err
+    assert run(["eval", "-m", str(tmp_path / "out"), "--reference", name, "-o", str(tmp_path / "eval.json"), *few]) == 0
+    metrics = json.loads((tmp_path / "eval.json").read_text())["metrics"]
+    assert metrics["first_frame_psnr_db"]["mean"] is not None
+    assert metrics["adherence_all"]["mean"] is not None
+    assert run(["compare", "rtn-w8a8", "-m", name, "-o", str(tmp_path / "compared"), *few]) == 0
+    assert "| first frame |" in (tmp_path / "compared/compare.md").read_text()

@@ -15,10 +15,12 @@ from s2q.shapes.scenes import (
     caption,
     combinations,
     parse_caption,
+    render,
     sample_scene,
+    scene_of,
     shape_coverage,
 )
-from training.videos import render, sample_batch, vocabulary
+from training.videos import sample_batch, vocabulary
 
 
 def test_every_caption_names_its_labels_with_known_words():
@@ -39,6 +41,16 @@ def test_other_prompts_have_no_labels(text):
 def test_captions_are_read_whatever_their_case_and_punctuation():
     labels = SceneLabels(shape="circle", colour="red", motion="left", background="grey")
     assert parse_caption("A red Circle moving left, grey background.") == labels
+
+
+def test_a_scene_of_a_caption_has_all_that_the_caption_names():
+    generator = torch.Generator().manual_seed(0)
+    for labels in all_combinations()[::9]:
+        drawn = sample_scene(labels, generator=generator)
+        scene = scene_of(caption(drawn, generator=generator), generator=generator)
+        assert (scene.labels, scene.size) == (labels, drawn.size)
+        assert scene.speed == drawn.speed or labels.motion == "still"
+    assert scene_of("a cat", generator=generator) is None
 
 
 def test_held_out_split_is_balanced_and_disjoint():

@@ -9,18 +9,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s2q.common.seeds import derive_seed
-from s2q.shapes.embedded import embedded_folder
+from s2q.shapes.embedded import embedded_folder, embedded_pipeline
 from s2q.shapes.scenes import combinations
 from training.architecture import build_pipeline, build_tokenizer
 from training.assemble import write_card
 from training.cogvideox import ShapesCogVideoX
+from training.image_to_video import ImageToVideoTask, ShapesWanImageToVideo
 from training.loop import TrainingSettings, build_optimizers, learning_rate_factor, load_average, train
+from training.quality import sample
 from training.transformer import TransformerTask, encode_pool
 from training.vae import TaughtVAETask, VAETask, normalise_latents
 from training.videos import sample_batch
 from training.wan import PIPELINE_TEXT_TOKENS, ShapesWan
 
-COGVIDEOX, WAN = ShapesCogVideoX(), ShapesWan()
+COGVIDEOX, WAN, IMAGE = ShapesCogVideoX(), ShapesWan(), ShapesWanImageToVideo()
 
 
 class LineTask:
@@ -210,13 +212,60 @@ def test_training_sees_text_and_velocity_as_the_pipeline_does(model):
         assert torch.allclose(step.sqrt() * noised - (1 - step).sqrt() * target, clean, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [COGVIDEOX, WAN], ids=lambda model: model.name)
+@pytest.fixture(scope="module")
+def image_pool(tmp_path_factory):
+    """Latents and conditions of six scenes."""
+    pool = tmp_path_factory.mktemp("pool") / "pool.safetensors"
+    encode_pool(IMAGE, embedded_pipeline("shapes-wan", dtype=torch.float32).vae, pool, count=6, seed=0)
+    return pool
+
+
+@torch.no_grad()
+def test_the_image_model_starts_as_the_model_that_it_starts_from(image_pool):
+    task, start = ImageToVideoTask(IMAGE, pool=image_pool, seed=0), embedded_pipeline("shapes-wan", dtype=torch.float32)
+    noised, text = task.clean_latents[:2].float(), torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0))
+    inputs = task.transformer_input(noised, torch.tensor([0, 1]))
+    assert inputs.shape == (2, 36, 3, 8, 8)
+    timesteps = torch.tensor([200.0, 700.0])
+    ours, theirs = (
+        WAN.predict(transformer, x, text, timesteps)
+        for transformer, x in ((task.transformer, inputs), (start.transformer, noised))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_transformer_of_the_image_model_is_trained(image_pool):
+    task = ImageToVideoTask(IMAGE, pool=image_pool, seed=0)
+    loss, _ = task.loss(4, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert all(parameter.grad is None for parameter in task.text_encoder.parameters())
+    assert bool(task.transformer.patch_embedding.weight.grad[:, 16:].any())
+
+
+@torch.no_grad()
+def test_training_sees_the_image_as_the_pipeline_does(image_pool):
+    pipe, seen = build_pipeline(IMAGE, seed=0), []
+    pipe.register_modules(vae=embedded_pipeline("shapes-wan", dtype=torch.float32).vae)
+    videos, captions = sample_batch(combinations(held_out=False)[:1], generator=torch.Generator().manual_seed(0))
+    videos = (videos * 255).round() / 255
+    pipe.transformer.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(given["hidden_states"]), with_kwargs=True
+    )
+    image = (videos[0, 0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+    sample(pipe, captions, images=[image], seed=0, **IMAGE.generation | {"num_inference_steps": 1})
+    task = ImageToVideoTask(IMAGE, pool=image_pool, seed=0)
+    task.conditions = IMAGE.pooled(pipe.vae, videos)["conditions"]
+    torch.testing.assert_close(task.transformer_input(seen[0][:, :16], torch.tensor([0])), seen[0])
+
+
+@pytest.mark.parametrize("model", [COGVIDEOX, WAN, IMAGE], ids=lambda model: model.name)
 def test_cards_say_what_went_into_a_model(model, tmp_path):
     shipped = embedded_folder(model.name)
     write_card(model, tmp_path, json.loads((shipped / "training.json").read_text()))
     written, there = ((folder / "README.md").read_text() for folder in (tmp_path, shipped))
     assert written.partition("\n![loss]")[0] == there.partition("\n![loss]")[0]
-    assert ("No other data\nor weights went into it." in written) == (model.latents_of is None)
+    assert ("No other data\nor weights went into it." in written) == (model is COGVIDEOX)
+    assert ("whose transformer was trained from that of `shapes-wan`" in written) == (model is IMAGE)
     assert ("`shapes-cogvideox`, whose latents" in written) == (model is WAN)
 
 

@@ -22,7 +22,8 @@ from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
 from s2q.generation.conditioning import check_supported, image_to_video
-from s2q.generation.prompts import prompt_record
+from s2q.generation.defaults import with_first_frames
+from s2q.generation.prompts import Prompt, prompt_record
 from s2q.generation.settings import GenerationSettings, check_prompts
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
@@ -70,18 +71,19 @@ class CalibrationInputs:
 
 def calibration_prompts(
     model_name: str, prompts: Sequence[str] | None, group: Calibration, *, recipe: str
-) -> list[str]:
+) -> list[Prompt]:
     """Return the prompts to calibrate on: the first `n_prompts` of those given, or the embedded model's own."""
     if prompts is None:
         if model_name in embedded.EMBEDDED_NAMES:
-            return embedded.embedded_prompts(model_name, split="calibration", count=group.n_prompts)
+            captions = embedded.embedded_prompts(model_name, split="calibration", count=group.n_prompts)
+            return with_first_frames(model_name, captions)
         raise InvalidInputError(
             f"recipe {recipe} needs calibration prompts; pass --prompts FILE with about "
             f"{group.n_prompts} of them (prompts=[...] in Python)"
         )
     if not prompts:
         raise InvalidInputError(f"recipe {recipe} needs calibration prompts, but the list is empty; pass at least one")
-    return list(prompts[: group.n_prompts])
+    return with_first_frames(model_name, prompts[: group.n_prompts])
 
 
 def prepare(

@@ -18,7 +18,7 @@ from s2q.evaluation.evaluate import default_prompts
 from s2q.evaluation.judges.learned import open_judges
 from s2q.evaluation.summary import versions
 from s2q.evaluation.video_metrics import selected_metrics
-from s2q.generation.defaults import generation_defaults
+from s2q.generation.defaults import generation_defaults, with_first_frames
 from s2q.generation.generate import batch_size_for, settings_for
 from s2q.generation.load import check_model, check_same_loras, pipeline_to_ask
 from s2q.generation.prompts import check_distinct, prompt_record
@@ -179,7 +179,7 @@ def set_up(settings: CompareSettings) -> Setup:
             check_comparable(ours, reference)
             check_same_loras(entry.source, source)
             warn_of_scheduler(ours, reference)
-    texts = settings.prompts or default_prompts(settings.model, count=settings.num_prompts)
+    texts = with_first_frames(source, settings.prompts or default_prompts(settings.model, count=settings.num_prompts))
     check_distinct(texts)
     _check_calibration(entries, source, settings)
     pipe = pipeline_to_ask(source)
@@ -271,7 +271,7 @@ def _check_calibration_prompts(
         return
     group = recipe.calibration
     settings = calibration_settings(pipe, group, recommended=recommended_for(source))
-    check_prompts(pipe, prompts[: group.n_prompts], settings)
+    check_prompts(pipe, with_first_frames(source, prompts[: group.n_prompts]), settings)
 
 
 def _plans(

@@ -32,7 +32,13 @@ from s2q.evaluation.sensitivity import kind_errors, linears_by_kind
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
 from s2q.evaluation.summary import summarise, summarise_kinds
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, selected_metrics
-from s2q.generation.defaults import calibrated_generation, embedded_source, generation_defaults, model_label
+from s2q.generation.defaults import (
+    calibrated_generation,
+    embedded_source,
+    generation_defaults,
+    model_label,
+    with_first_frames,
+)
 from s2q.generation.denoise import denoise
 from s2q.generation.exclusive import exclusive
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
@@ -317,8 +323,9 @@ def run_reference(
     """
     wanted = _check_request(prompts, settings)
     judges = judges or settings.open_judges()
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     reference = _resolved(reference, settings)
+    prompts = with_first_frames(reference, prompts)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     opened, pipe = pipe, pipe or _open(reference, settings, dtype=settings.dtype)
     recommended = generation_defaults(reference) | dict(settings.recommended)
     generation = settings_for(pipe, settings.requested, defaults=recommended)

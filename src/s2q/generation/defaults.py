@@ -1,12 +1,14 @@
-"""Names of models in reports, their embedded source, and their recommended generation settings."""
+"""Names of models in reports, their embedded source, their recommended generation settings and images."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import read_json
 from s2q.common.records import CONVERSION_RECORD, REPORT
+from s2q.generation.prompts import Prompt, prompt_list
 from s2q.generation.settings import SETTINGS
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.shapes import embedded
@@ -68,6 +70,26 @@ def embedded_source(model: Any) -> str | None:
         if folder.resolve() == Path(embedded.embedded_folder(candidate)).resolve():
             return candidate
     return None
+
+
+def with_first_frames(model: Any, prompts: Iterable[str]) -> list[Prompt]:
+    """Give captions without an image the first frame of the scene that they describe.
+
+    Only for models that are or were made from an embedded one whose videos start from an image; other prompts are
+    returned unchanged.
+    """
+    source = embedded_source(model)
+    return [_with_first_frame(source, Prompt.of(text)) for text in prompts]
+
+
+def _with_first_frame(source: str | None, prompt: Prompt) -> Prompt:
+    from PIL import Image
+
+    frame = None if source is None or prompt.image is not None else embedded.first_frame(source, prompt)
+    if frame is None:
+        return prompt
+    given = {"prompt": str(prompt), "negative_prompt": prompt.negative_prompt, "seed": prompt.seed}
+    return prompt_list("prompts", [given | {"image": Image.fromarray(frame.numpy())}])[0]
 
 
 def quantization_scheme(model: Any) -> str | None:

@@ -17,7 +17,7 @@ from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.engine import Engine, InProcessEngine, Worker, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.generation.conditioning import check_supported, starting_image, takes_batches
-from s2q.generation.defaults import generation_defaults
+from s2q.generation.defaults import generation_defaults, with_first_frames
 from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline, pipeline_to_ask, refuse_load_options
 from s2q.generation.prompts import Prompt, prompt_list, prompt_record
@@ -158,7 +158,7 @@ def _generate_loaded(
 ) -> list[Video]:
     """Generate with a loaded pipeline, in this process."""
     resolved = settings_for(pipe, requested, defaults=generation_defaults(pipe))
-    batches = _batches(pipe, prompts, seeds, resolved, batch_size)
+    batches = _batches(pipe, with_first_frames(pipe, prompts), seeds, resolved, batch_size)
     engine = InProcessEngine(where.device)
     engine.offer(_PIPE, pipe)
     return _generate(engine, replace(work, settings=resolved), batches, progress)
@@ -180,7 +180,7 @@ def _generate_named(
     alone = where.engine == "processes" and wanted == 1
     pipe = work.load(source, where.device) if alone else pipeline_to_ask(source)
     resolved = settings_for(pipe, requested, defaults=generation_defaults(source))
-    batches = _batches(pipe, prompts, seeds, resolved, batch_size)
+    batches = _batches(pipe, with_first_frames(source, prompts), seeds, resolved, batch_size)
     count = 1 if alone else where.planned(len(batches), most=most)
     threads = nullcontext() if where.count is None else fixed_threads(where.device)
     with threads, closing(where.open(count, modules=(__name__,))) as engine:

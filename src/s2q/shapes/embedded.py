@@ -1,7 +1,8 @@
 """The embedded models by name: their folders, pipelines, prompts and generation settings.
 
-``shapes-cogvideox`` and ``shapes-wan`` are shipped as package data; ``shapes-cogvideox-outliers`` and
-``shapes-wan-outliers`` are the same ones with outlier channels, made on the fly (``s2q.shapes.outliers``).
+``shapes-cogvideox``, ``shapes-wan`` and ``shapes-wan-i2v``, whose videos start from the first frame of a scene, are
+shipped as package data; ``shapes-cogvideox-outliers`` and ``shapes-wan-outliers`` are the same ones with outlier
+channels, made on the fly (``s2q.shapes.outliers``).
 """
 
 import json
@@ -10,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.seeds import derive_seed
-from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
+from s2q.shapes.scenes import SceneLabels, caption, combinations, render, sample_scene, scene_of
 
-EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan", "shapes-wan-outliers")
+EMBEDDED_NAMES: tuple[str, ...] = (
+    "shapes-cogvideox",
+    "shapes-cogvideox-outliers",
+    "shapes-wan",
+    "shapes-wan-outliers",
+    "shapes-wan-i2v",
+)
 PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration")
-_OUTLIERS_SUFFIX = "-outliers"
+_OUTLIERS_SUFFIX, _IMAGE_SUFFIX = "-outliers", "-i2v"
 FRAME_RATE = 8
 """Frames per second at which the scenes are to be watched."""
 
@@ -32,6 +40,11 @@ def embedded_folder(name: str) -> Path:
 def has_outliers(name: str) -> bool:
     """Whether an embedded model is a stress variant: `add_outliers` changes the weights of its folder."""
     return name.endswith(_OUTLIERS_SUFFIX)
+
+
+def starts_from_image(name: str) -> bool:
+    """Whether the videos of an embedded model start from an image."""
+    return name.endswith(_IMAGE_SUFFIX)
 
 
 def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
@@ -70,6 +83,22 @@ def embedded_prompts(name: str, *, split: str = "held-out", count: int | None = 
             f"{name}: {count} {split} prompts requested, but only {len(labels)} exist; request fewer"
         )
     return [_phrase(label, index, split) for index, label in enumerate(labels[:count])]
+
+
+def first_frame(name: str, prompt: str) -> Tensor | None:
+    """The first frame, ``[H, W, 3]`` uint8, of a scene that a caption describes; the same caption, the same frame.
+
+    None for a model whose videos do not start from an image, and for a prompt that is no caption.
+    """
+    if not starts_from_image(name):
+        return None
+    settings = generation_defaults(name)
+    generator = torch.Generator().manual_seed(derive_seed(0, "scene", prompt))
+    scene = scene_of(prompt, size=int(settings["height"]), generator=generator)
+    if scene is None:
+        return None
+    frame = render(scene, num_frames=1, size=int(settings["height"]))[0]
+    return (frame * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def _phrase(labels: SceneLabels, index: int, split: str) -> str:

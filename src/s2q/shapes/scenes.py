@@ -1,4 +1,4 @@
-"""Procedural scenes of one moving shape, and their captions; ``training.videos`` of the repository draws them.
+"""Procedural scenes of one moving shape, their captions and their pixels: anti-aliased edges, sub-pixel positions.
 
 The same state of the ``torch.Generator`` gives the same scene and caption.
 """
@@ -167,12 +167,29 @@ def parse_caption(text: str) -> SceneLabels | None:
     >>> parse_caption("A red circle moving left on a grey background")
     SceneLabels(shape='circle', colour='red', motion='left', background='grey')
     """
-    words = set(text.lower().replace(",", " ").replace(".", " ").split())
+    words = _words(text)
     named = [[name for name in kind if name in words] for kind in (SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
     if any(len(names) != 1 for names in named):
         return None
     (shape,), (colour,), (motion,), (background,) = named
     return SceneLabels(shape=shape, colour=colour, motion=motion, background=background)
+
+
+def scene_of(text: str, *, size: int = 32, generator: torch.Generator) -> Scene | None:
+    """Draw a scene that a caption describes, size and speed included; ``None`` where `parse_caption` has no labels."""
+    labels, words = parse_caption(text), _words(text)
+    if labels is None:
+        return None
+    size_name = next((name for name, word in SIZE_WORDS.items() if word.strip() in words), "medium")
+    speed_name = next((name for name, word in SPEED_WORDS.items() if word.strip() in words), "normal")
+    while True:
+        scene = sample_scene(labels, size=size, generator=generator)
+        if scene.size == size_name and (scene.speed == speed_name or labels.motion == "still"):
+            return scene
+
+
+def _words(text: str) -> set[str]:
+    return set(text.lower().replace(",", " ").replace(".", " ").split())
 
 
 def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
@@ -190,3 +207,22 @@ def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) 
         slanted = x.abs() * (math.sqrt(3) / 2) - y * 0.5  # the two slanted sides, folded onto one by symmetry
         distance = torch.maximum(slanted, y + torch.zeros_like(x)) - inradius
     return (0.5 - distance).clamp(0, 1)
+
+
+def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
+    """Draw a scene, ``[F, 3, H, W]`` float32 in ``[0, 1]``, with ``H = W = size``."""
+    dx, dy = MOTIONS[str(scene.labels.motion)]
+    frame = torch.arange(num_frames, dtype=torch.float32)
+    centre_x = (scene.start_x + dx * scene.pixels_per_frame * frame)[:, None, None]
+    centre_y = (scene.start_y + dy * scene.pixels_per_frame * frame)[:, None, None]
+    pixel = torch.arange(size, dtype=torch.float32) + 0.5
+    coverage = shape_coverage(
+        str(scene.labels.shape),
+        x=pixel[None, None, :] - centre_x,
+        y=pixel[None, :, None] - centre_y,
+        radius=scene.radius,
+    )[:, None]
+    shade = scene.background_slope * (pixel / size * 2 - 1)
+    background = torch.tensor(scene.background_rgb)[:, None, None] + shade[None, :, None]
+    colour = torch.tensor(scene.colour_rgb)[:, None, None]
+    return (coverage * colour + (1 - coverage) * background).clamp(0, 1)

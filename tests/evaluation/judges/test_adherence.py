@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from s2q.evaluation.judges.adherence import ADHERENCE, adherence
-from s2q.shapes.scenes import SceneLabels, sample_scene
-from training.videos import render
+from s2q.shapes.scenes import SceneLabels, render, sample_scene
 
 RED_LEFT = SceneLabels(shape="circle", colour="red", motion="left", background="grey")
 CAPTION = "a red circle moving left on a grey background"
