@@ -4,8 +4,10 @@ Each transformer has candidates of its own, the steps in which it is called, and
 the recipe says; scores are compared within them. `calibration.stream` carries them through its blocks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from s2q.calibration.artefacts import CalibrationCall
@@ -47,6 +49,10 @@ class CalibrationSets:
         """Hash what the blocks of a transformer are calibrated on: candidates of all prompts, and which were taken."""
         prompts = [self.inputs.prompt_fingerprint(prompt) for prompt in range(len(self.inputs.prompts))]
         return fingerprint({"prompts": prompts, "calls": [asdict(call) for call in self.samples[component].calls]})
+
+    def with_samples(self, other: CalibrationSets) -> CalibrationSets:
+        """Return the sets with those of another transformer, whose candidates were collected apart, for reports."""
+        return replace(self, samples={**self.samples, **other.samples})
 
     @property
     def count(self) -> int:

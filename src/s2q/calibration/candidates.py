@@ -15,7 +15,7 @@ from torch import nn
 
 from s2q.calibration.artefacts import to_artefact
 from s2q.calibration.teacher import Teacher
-from s2q.common.components import full_name, transformers_of
+from s2q.common.components import TRANSFORMERS, full_name, transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.fingerprint import fingerprint
 from s2q.common.progress import Tick
@@ -44,7 +44,9 @@ class CalibrationInputs:
     Attributes:
         fingerprint: Of model, seed and versions.
         steps: Denoising steps to record of each prompt; 0 for a prompt that is not generated.
+        components: The transformers whose calls are candidates.
         chosen: Prompt and step of each sample, by component; None where the selection needs scores.
+        prefix: Of the names of artefacts.
     """
 
     prompts: tuple[str, ...]
@@ -52,7 +54,9 @@ class CalibrationInputs:
     fingerprint: str
     seed: int
     steps: tuple[int, ...]
+    components: tuple[str, ...]
     chosen: Mapping[str, frozenset[tuple[int, int]]] | None = None
+    prefix: str = "candidates"
 
     @property
     def recorded(self) -> list[int]:
@@ -61,7 +65,7 @@ class CalibrationInputs:
 
     def key(self, prompt: int) -> str:
         """Return the name of the artefact of a prompt."""
-        return f"candidates-{prompt:03d}"
+        return f"{self.prefix}-{prompt:03d}"
 
     def prompt_fingerprint(self, prompt: int) -> str:
         """Return the fingerprint of the artefact of a prompt."""
@@ -87,9 +91,19 @@ def calibration_prompts(
 
 
 def prepare(
-    teacher: Teacher, prompts: Sequence[str], group: Calibration, *, seed: int, inputs: Mapping[str, Any]
+    teacher: Teacher,
+    prompts: Sequence[str],
+    group: Calibration,
+    *,
+    seed: int,
+    inputs: Mapping[str, Any],
+    component: str | None = None,
 ) -> CalibrationInputs:
-    """Check prompts and numbers against the model, before anything is generated."""
+    """Check prompts and numbers against the model, before anything is generated.
+
+    Args:
+        component: The transformer to collect for, where each has trajectories of its own; None is all together.
+    """
     check_supported(teacher.pipe)
     settings = calibration_settings(teacher.pipe, group, recommended=recommended_generation(teacher.folder))
     check_prompts(teacher.pipe, prompts, settings)
@@ -102,15 +116,23 @@ def prepare(
         **inputs,
     }
     digest = fingerprint(json.loads(json.dumps(described, default=str)), _parts_to_hash(teacher))
-    number = settings.num_inference_steps
+    number, prefix = settings.num_inference_steps, CalibrationInputs.prefix
     chosen = chosen_steps(teacher, group, settings, prompts=len(prompts), seed=seed)
+    components = tuple(transformer.component for transformer in teacher.transformers)
+    if component is not None:
+        if component == TRANSFORMERS[0]:
+            number = steps_of_transformers(teacher.pipe, settings)[component]  # the second is not called yet
+        prefix, components = full_name(component, prefix), (component,)
+        chosen = None if chosen is None else {component: chosen[component]}
     return CalibrationInputs(
         prompts=tuple(prompts),
         settings=settings,
         fingerprint=digest,
         seed=seed,
         steps=recorded_steps(chosen, prompts=len(prompts), steps=number),
+        components=components,
         chosen=chosen,
+        prefix=prefix,
     )
 
 
@@ -149,7 +171,7 @@ def record_prompt(
 def score_candidates(teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder) -> dict[str, CandidatePool]:
     """Return the scored steps of each quantized transformer, by component, once the prompts are recorded."""
     channel_dim = teacher.family.latent_channel_dim
-    by_component: dict[str, list[Candidate]] = {transformer.component: [] for transformer in teacher.transformers}
+    by_component: dict[str, list[Candidate]] = {component: [] for component in inputs.components}
     for index in inputs.recorded:
         artefact = folder.load(inputs.key(index))
         latents = list(artefact.tensors["latents"].unbind(0))

@@ -210,7 +210,8 @@ def collecting_work(
     once += Work(transfer=paged_bytes * workload.branches / workload.rows)
     prompts, steps = recipe.calibration.n_prompts, workload.steps
     chosen = known_samples(recipe.calibration, {"": steps}, prompts=prompts, seed=0)
-    return once * sum(recorded_steps(chosen, prompts=prompts, steps=steps))
+    first = 1 / 2 if recipe.calibration.trajectory_2 == "quantized" else 0  # whose steps run twice
+    return once * ((1 + first) * sum(recorded_steps(chosen, prompts=prompts, steps=steps)))
 
 
 def folding_work(weights: int, *, orders: int) -> Work:

@@ -19,7 +19,7 @@ from s2q.common.arguments import device_name, model_argument, offload_name, opti
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
-from s2q.common.errors import ResourceError, memory_errors
+from s2q.common.errors import InvalidInputError, ResourceError, memory_errors
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.log import log_once
 from s2q.common.memory import Offload
@@ -295,6 +295,10 @@ def plan_transformers(
         attention: Full names of the attention modules that the recipe quantizes, `quantized_attention`.
         text_encoders: What `plan_encoders` returned.
     """
+    if recipe.calibrates and recipe.calibration.trajectory_2 == "quantized" and len(transformers) == 1:
+        raise InvalidInputError(
+            f"{model}: calibration.trajectory_2=quantized needs two transformers (Wan 2.2 A14B), got one; omit it"
+        )
     layers = _planned_layers(recipe, transformers, linears, sizes=sizes, dtype=dtype)
     compute_dtype, machine = compute_dtype or dtype, machine or this_machine("cpu")
     now = sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)

@@ -186,6 +186,11 @@ class Recipe(BaseModel):
     def _allocation_fits(self) -> Recipe:
         if self.allocation is None:
             return self
+        if self.calibration.trajectory_2 == "quantized":
+            raise ValueError(
+                "allocation measures both transformers before either is quantized; set "
+                "calibration.trajectory_2=full_precision, or allocation=null"
+            )
         key = "num_bits" if self.allocation.what == "weight_bits" else "group_size"
         sides = {"weights": self.weights}
         if key == "group_size" and self.activations is not None and self.activations.group_size is not None:

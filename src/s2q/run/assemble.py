@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from s2q.checkpoint import S2QConfig, attach_config, file_tensors
 from s2q.checkpoint.text_encoders import encoder_tensors
 from s2q.common.arguments import dtype_name
 from s2q.common.components import split_name, text_encoders_of, transformers_of
-from s2q.common.run_folder import RunFolder
+from s2q.common.run_folder import ArtefactFolder, RunFolder
 from s2q.models import OUTSIDE
 from s2q.nn import replace_module
 from s2q.planning import Plan
@@ -32,17 +32,24 @@ def assemble(teacher: Teacher, folder: RunFolder, *, recipe: Recipe) -> Diffusio
 
     The teacher is in the dtype of the checkpoint and not changed; the folder holds the artefacts of all blocks.
     """
-    pipe = copy.copy(teacher.pipe)
-    pipe.register_modules(
-        **{transformer.component: _student(transformer, folder, recipe.name) for transformer in teacher.transformers}
-    )
+    pipe = with_students(teacher.pipe, teacher.transformers, folder, recipe=recipe)
     if recipe.text_encoder is not None:
         encoders = text_encoders_of(pipe).items()
         pipe.register_modules(**{component: _encoder(component, model, recipe) for component, model in encoders})
     return pipe
 
 
-def _student(teacher: TeacherTransformer, folder: RunFolder, recipe: str) -> nn.Module:
+def with_students(
+    pipe: DiffusionPipeline, transformers: Iterable[TeacherTransformer], folder: ArtefactFolder, *, recipe: Recipe
+) -> DiffusionPipeline:
+    """Make a pipeline that shares all but some transformers, quantized by the artefacts in the folder."""
+    quantized = copy.copy(pipe)
+    students = {transformer.component: _student(transformer, folder, recipe.name) for transformer in transformers}
+    quantized.register_modules(**students)
+    return quantized
+
+
+def _student(teacher: TeacherTransformer, folder: ArtefactFolder, recipe: str) -> nn.Module:
     student = _sharing_copy(teacher.module)
     for index, block_name in enumerate(teacher.block_names):
         block, artefact = student.get_submodule(block_name), folder.load(teacher.artefact_name(index))

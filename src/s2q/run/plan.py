@@ -1,4 +1,4 @@
-"""The plan of a run whose model is loaded."""
+"""The plan of a run whose model is loaded, and the order of its transformers."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
             recipe, text_encoders_of(teacher.pipe), dtype=None if teacher.source is None else teacher.stored
         ),
     )
+
+
+def rounds_of(teacher: Teacher, recipe: Recipe) -> tuple[str | None, ...]:
+    """Return the transformers to collect for and to quantize one after the other, by component; None is all together.
+
+    They go apart where the second is calibrated on what the quantized first one generates.
+    """
+    if recipe.calibrates and recipe.calibration.trajectory_2 == "quantized" and len(teacher.transformers) > 1:
+        return tuple(transformer.component for transformer in teacher.transformers)
+    return (None,)

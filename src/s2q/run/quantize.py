@@ -7,14 +7,15 @@ is therefore resumed with a bit-identical result. The output appears at its plac
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -45,17 +46,16 @@ from s2q.core.storage import parse_bytes
 from s2q.engines.engine import Engine, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.generation.prompts import prompt_list
-from s2q.models import ModelSource, resolve_model
-from s2q.models.lora import with_loras
+from s2q.models import ModelSource
 from s2q.planning import Machine, Plan, check_memory, workers_that_fit
-from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble, check_bytes
 from s2q.run.finished import finished_report, run_inputs
-from s2q.run.plan import plan_loaded
+from s2q.run.plan import plan_loaded, rounds_of
 from s2q.run.report import BlockReport, QuantizationReport, log_block
 from s2q.run.runner import BlockJob, BlockRunner
+from s2q.run.settings import RunSettings, recipe_argument, source_of
 from s2q.run.work import SPILLED, TEACHER, BlockWork, Place, TeacherSource, record_prompts
 from s2q.selection.scores import CandidatePool
 
@@ -68,25 +68,6 @@ _BLOCK = re.compile(r"(.+?\.\d+)\.")
 _WORKER_MODULES = ("s2q.run.work",)
 _MAX_CHANGES = 8
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    seed: int
-    dtype: torch.dtype | None
-    variant: str | None
-    loras: tuple[str, ...]
-    max_shard_size: int
-    memory_budget: int | None
-    workers: Workers
-    offload: Offload | Literal["auto"]
-    resume: bool
-    overwrite: bool
-
-    @property
-    def device(self) -> str:
-        """The device of this process."""
-        return self.workers.device
 
 
 @memory_errors("planning", remedy="free some")
@@ -153,7 +134,7 @@ def quantize(
         UsageError: If `out` is missing, or an option does not apply to the model or the recipe.
     """
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
-    settings = _Settings(
+    settings = RunSettings(
         seed=arguments.seed_number(seed),
         dtype=arguments.parse_dtype(dtype),
         variant=arguments.optional(arguments.word, "variant", variant),
@@ -168,7 +149,7 @@ def quantize(
     model, target = arguments.model_argument("model", model), arguments.optional(arguments.path_argument, "out", out)
     dry_run = arguments.flag("dry_run", dry_run)
     prompts = arguments.optional(prompt_list, "prompts", prompts, allow_none=True)
-    validated = _recipe(recipe, overrides, samples=samples)
+    validated = recipe_argument(recipe, overrides, samples=samples)
     return _quantize(model, validated, prompts, target, settings, dry_run=dry_run, progress=progress)
 
 
@@ -177,13 +158,13 @@ def _quantize(
     validated: Recipe,
     prompts: Sequence[str] | None,
     target: Path | None,
-    settings: _Settings,
+    settings: RunSettings,
     *,
     dry_run: bool,
     progress: Progress | None,
 ) -> QuantizationReport | Plan:
     """Check everything that can be checked before weights are read, then plan or run."""
-    source = _source(model, settings)
+    source = source_of(model, settings)
     machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget, offload=settings.offload)
     planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
@@ -217,29 +198,12 @@ def _worker_count(planned: Plan, recipe: Recipe, workers: Workers) -> int:
     return workers.planned(blocks, most=room if recipe.calibrates else 1)
 
 
-def _recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], *, samples: int | None
-) -> Recipe:
-    overrides = checked_overrides(overrides)  # an iterator would be empty the second time
-    validated = load_recipe(recipe, overrides=overrides)
-    if samples is None:
-        return validated
-    arguments.whole_number("samples", samples, least=1)
-    if not validated.calibrates:
-        raise UsageError(f"samples (--samples): recipe {validated.name} uses no calibration samples; remove it")
-    return load_recipe(recipe, overrides=[*overrides, f"calibration.samples={samples}"])
+@dataclass
+class _Finished:
+    """Blocks that are quantized: reports and fingerprints of their results, by place."""
 
-
-def _source(model: Any, settings: _Settings) -> ModelSource | None:
-    """The model's files; None for a loaded pipeline."""
-    if isinstance(model, str | Path | ModelSource):
-        return with_loras(resolve_model(model, variant=settings.variant), settings.loras)
-    if settings.loras:
-        raise UsageError("quantize: loras are for models by name or folder; fuse them into the pipeline by fuse_lora()")
-    if settings.variant is not None:
-        raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
-    settings.workers.check_alone("quantize")
-    return None
+    reports: dict[Place, BlockReport] = field(default_factory=dict)
+    fingerprints: dict[Place, str] = field(default_factory=dict)
 
 
 class _Run:
@@ -249,7 +213,7 @@ class _Run:
         self,
         folder: RunFolder,
         out: Path,
-        settings: _Settings,
+        settings: RunSettings,
         progress: Progress | None,
         *,
         machine: Machine,
@@ -261,7 +225,7 @@ class _Run:
         self.progress = progress or silent
         self.started = time.perf_counter()
         reset_peak_memory(settings.device)
-        self.stages: list[dict[str, Any]] = []
+        self.stages: dict[str, dict[str, Any]] = {}
 
     def carry_out(
         self, model: ModelSource | DiffusionPipeline, recipe: Recipe, prompts: Sequence[str] | None
@@ -285,17 +249,23 @@ class _Run:
                 f" (and {len(changes) - _MAX_CHANGES} more)" if len(changes) > _MAX_CHANGES else "",
             )
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed, request=request)
-        selection, files = None, {}
-        if recipe.calibrates:
-            selection = self._calibration(teacher, recipe, prompts, offload=planned.offload)
-            files |= selection.files
-        if recipe.allocation is not None and selection is not None:
-            allocated = self._allocation(teacher, recipe, planned, selection)
-            planned = planning.plan_allocated(planned, teacher.linears, allocated.linears)
-            teacher, files = teacher.with_linears(allocated.linears), files | allocated.files
+        selection, files, finished = None, dict[str, bytes](), _Finished()
+        for component in rounds_of(teacher, recipe):
+            selected = None
+            if recipe.calibrates:
+                selected = self._calibration(
+                    teacher, recipe, prompts, component=component, finished=finished, offload=planned.offload or "none"
+                )
+                files |= selected.files
+                selection = selected if selection is None else selection.with_samples(selected)
+            if recipe.allocation is not None and selected is not None:
+                allocated = self._allocation(teacher, recipe, planned, selected)
+                planned = planning.plan_allocated(planned, teacher.linears, allocated.linears)
+                teacher, files = teacher.with_linears(allocated.linears), files | allocated.files
+            runner = self._runner(teacher, recipe, planned, selected)
+            self._timed("blocks", functools.partial(self._blocks, runner, component, finished))
+        blocks = list(finished.reports.values())
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
-        runner = self._runner(teacher, recipe, planned, selection)
-        blocks = self._timed("blocks", lambda: self._blocks(runner))
         student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), recipe, planned))
         report = self._report(teacher, recipe, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
@@ -323,16 +293,28 @@ class _Run:
         return report
 
     def _calibration(
-        self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None, *, offload: Offload | None
+        self,
+        teacher: Teacher,
+        recipe: Recipe,
+        prompts: Sequence[str] | None,
+        *,
+        component: str | None,
+        finished: _Finished,
+        offload: Offload,
     ) -> CalibrationSets:
         group = recipe.calibration
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
         if prompts is not None and len(prompts) > len(used):
             logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
-        described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
-        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
-        offload = offload or "none"
-        pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs, offload))
+        described: dict[str, Any] = {
+            "device": torch.device(self.settings.device).type,
+            "versions": package_versions(),
+        }
+        if finished.fingerprints:
+            described["quantized"] = list(finished.fingerprints.values())
+        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described, component=component)
+        quantized = tuple(dict.fromkeys(place[0] for place in finished.fingerprints))
+        pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs, offload, quantized))
         self.folder.log(
             "collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts), offload=offload
         )
@@ -344,11 +326,18 @@ class _Run:
         return selected
 
     def _candidates(
-        self, teacher: Teacher, recipe: Recipe, inputs: CalibrationInputs, offload: Offload
+        self,
+        teacher: Teacher,
+        recipe: Recipe,
+        inputs: CalibrationInputs,
+        offload: Offload,
+        quantized: tuple[str, ...],
     ) -> dict[str, CandidatePool]:
         """The scored steps of all prompts; prompts that are not in the folder are recorded first."""
         source = self._source(teacher, recipe)
-        record_prompts(self.engine, source, inputs, self.folder, offload=offload, progress=self.progress)
+        record_prompts(
+            self.engine, source, inputs, self.folder, offload=offload, quantized=quantized, progress=self.progress
+        )
         pools = score_candidates(teacher, inputs, self.folder)
         for part in teacher.parts:
             teacher.page_out(part)
@@ -377,25 +366,24 @@ class _Run:
         )
         return BlockRunner(self.folder, teacher, job)
 
-    def _blocks(self, runner: BlockRunner) -> list[BlockReport]:
-        """Quantize the blocks whose results are not in the run folder."""
+    def _blocks(self, runner: BlockRunner, component: str | None, finished: _Finished) -> None:
+        """Quantize the blocks, of a transformer or of all, whose results are not in the run folder."""
         teacher, units = runner.teacher, runner.job.units
-        expected: dict[Place, str] = {}
+        expected, reports, total = finished.fingerprints, finished.reports, units * runner.teacher.block_count
         left: dict[Place, int] = {}
-        reports: dict[Place, BlockReport] = {}
 
         def report(place: Place, *, resumed: bool) -> None:
             reports[place] = self._report_block(runner, place, index=list(expected).index(place), resumed=resumed)
 
         def show_progress() -> None:
-            self.progress("blocks", len(expected) * units - sum(left.values()), len(expected) * units)
+            self.progress("blocks", len(expected) * units - sum(left.values()), total)
 
         def unit_done(place: Place) -> None:
             left[place] = max(0, left[place] - 1)
             show_progress()
 
         for transformer in teacher.transformers:
-            for index, name in enumerate(transformer.block_names):
+            for index, name in enumerate(transformer.block_names if component in (None, transformer.component) else ()):
                 place = transformer.component, index
                 expected[place] = runner.fingerprint(transformer, index)
                 teacher.page_out(transformer.module.get_submodule(name))
@@ -421,7 +409,7 @@ class _Run:
         finally:
             for spilled in self.folder.path.glob(f"{SPILLED}*"):
                 spilled.unlink(missing_ok=True)
-        return [reports[place] for place in expected]
+        finished.reports = {place: reports[place] for place in expected}
 
     def _report_block(self, runner: BlockRunner, place: Place, *, index: int, resumed: bool) -> BlockReport:
         (transformer,) = (part for part in runner.teacher.transformers if part.component == place[0])
@@ -464,7 +452,7 @@ class _Run:
             simulated=planned.simulated,
             allocation=None if planned.allocation is None else asdict(planned.allocation),
             blocks=tuple(blocks),
-            stages=tuple(self.stages),
+            stages=tuple(self.stages.values()),
             seconds=time.perf_counter() - self.started,
             peak_memory_bytes=peak_memory_bytes(self.settings.device),
             retries=tuple(asdict(retry) for retry in self.engine.retries),
@@ -480,17 +468,18 @@ class _Run:
         remedy = "free some, and run again: finished blocks are kept"
         with memory_errors(f"quantizing on {self.settings.device}, stage {stage}", remedy=remedy):
             result = work()
-        peak = peak_memory_bytes(self.settings.device)
-        self.stages.append({"name": stage, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak})
+        seconds, peak = time.perf_counter() - started, peak_memory_bytes(self.settings.device)
+        before = self.stages.get(stage, {"seconds": 0.0})
+        self.stages[stage] = {"name": stage, "seconds": before["seconds"] + seconds, "peak_memory_bytes": peak}
         return result
 
 
 def _inputs(
-    model: ModelSource | str, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings
+    model: ModelSource | str, recipe: Recipe, prompts: Sequence[str] | None, settings: RunSettings
 ) -> dict[str, Any]:
     options = {name: str(getattr(settings, name)) for name in ("seed", "dtype", "variant", "max_shard_size")}
     return run_inputs(model, recipe, prompts, {**options, "device": torch.device(settings.device).type})
 
 
-def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
+def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: RunSettings) -> Teacher:
     return load_teacher(model, recipe, dtype=settings.dtype, device=settings.device)

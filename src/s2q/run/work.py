@@ -25,6 +25,7 @@ from s2q.models import ModelSource
 from s2q.planning import LESS_MEMORY
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
+from s2q.run.assemble import with_students
 from s2q.run.runner import BlockJob, BlockRunner
 
 TEACHER = "teacher"
@@ -54,18 +55,25 @@ class TeacherSource:
 
 @dataclass(kw_only=True)
 class PromptWork:
-    """Records the prompts of a calibration, all in one stay of the pipeline, or of what computes, on the device."""
+    """Records the prompts of a calibration, all in one stay of the pipeline, or of what computes, on the device.
+
+    Attributes:
+        quantized: Transformers, by component, that are quantized already and generate with their packed linears.
+    """
 
     teacher: TeacherSource
     inputs: CalibrationInputs
     folder: Path
     offload: Offload
+    quantized: tuple[str, ...] = ()
     _stay: ExitStack | None = None
+    _teacher: Teacher | None = None
 
     def __call__(self, prompt: int, worker: Worker) -> None:
         """Record a prompt, by its index; tells None after each step."""
-        teacher, folder = self.teacher.on(worker), ArtefactFolder(self.folder)
+        folder = ArtefactFolder(self.folder)
         with memory_errors(f"collecting candidates on {worker.device}", remedy=LESS_MEMORY):
+            teacher = self._teacher = self._teacher or self._generator(worker, folder)
             if self._stay is None:
                 self._stay = ExitStack()
                 self._stay.enter_context(
@@ -73,8 +81,16 @@ class PromptWork:
                 )
             record_prompt(teacher, self.inputs, folder, prompt, step_done=lambda: worker.tell(None))
 
+    def _generator(self, worker: Worker, folder: ArtefactFolder) -> Teacher:
+        teacher = self.teacher.on(worker)
+        if not self.quantized:
+            return teacher
+        transformers = [part for part in teacher.transformers if part.component in self.quantized]
+        return replace(teacher, pipe=with_students(teacher.pipe, transformers, folder, recipe=self.teacher.recipe))
+
     def close(self) -> None:
         """Take the pipeline from the device."""
+        self._teacher = None
         if self._stay is not None:
             self._stay.close()
 
@@ -86,13 +102,14 @@ def record_prompts(
     folder: ArtefactFolder,
     *,
     offload: Offload = "none",
+    quantized: tuple[str, ...] = (),
     progress: Progress,
 ) -> None:
-    """Record the prompts whose calls are not in the folder."""
+    """Record the prompts whose calls are not in the folder; see `PromptWork`."""
     missing, total = missing_prompts(inputs, folder), sum(inputs.steps)
     done = total - sum(inputs.steps[prompt] for prompt in missing)
     step_done = StageCounter(progress, "collect", total, done=done)
-    work = PromptWork(teacher=source, inputs=inputs, folder=folder.path, offload=offload)
+    work = PromptWork(teacher=source, inputs=inputs, folder=folder.path, offload=offload, quantized=quantized)
     with closing(engine.map(work, missing, on_message=lambda _: step_done())) as results:
         for _ in results:
             pass

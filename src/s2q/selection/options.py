@@ -35,6 +35,8 @@ class Calibration(Options):
         selection: How they are taken; one of `SELECTIONS`.
         branches: Which guidance branch of a candidate is the sample: "alternate" takes the conditional and the
             unconditional one in turn, over the samples; "both" makes two samples of each.
+        trajectory_2: Model that generates the samples of a second transformer: in full precision, or with the first
+            transformer quantized, which takes the first steps. The latter collects after the first is quantized.
         precision: The dtype that blocks are calibrated in: fp32, bf16, which takes half of the memory, or the model's
             own. What is learned, and the sums behind GPTQ, are in fp32 in all of them.
     """
@@ -54,6 +56,7 @@ class Calibration(Options):
     samples: int = field(default=40, metadata={"ge": 1})
     selection: str = field(default="sds", metadata={"choices": SELECTIONS})
     branches: Literal["alternate", "conditional", "both"] = "alternate"
+    trajectory_2: Literal["full_precision", "quantized"] = "full_precision"
     precision: Literal["float32", "bfloat16", "model"] = "float32"
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
