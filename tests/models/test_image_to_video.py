@@ -15,6 +15,8 @@ from s2q.checkpoint import file_tensors, read_config
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.compare import compare
+from s2q.evaluation.evaluate import run_reference
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.generation.conditioning import starting_image
 from s2q.generation.generate import generate
 from s2q.generation.prompts import Prompt, prompt_list, prompt_record, read_prompts
@@ -151,10 +153,17 @@ def test_the_first_frame_is_compared_with_the_image_that_the_pipeline_encodes(na
 
     monkeypatch.setattr(pipe.video_processor, "preprocess", spy)
     size = video_size(pipe)
-    (video,) = generate(pipe, prompts=image_prompts("a"), num_inference_steps=2, **size)
+    prompts = prompt_list("prompts", image_prompts("a"))
+    run = run_reference(
+        pipe,
+        prompts=prompts,
+        seeds=[0],
+        settings=EvaluationSettings(requested={"num_inference_steps": 2, **size}, metrics=("first_frame_psnr_db",)),
+    )
     encoded = ((seen[0][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    assert torch.equal(video.image, encoded)
-    assert len(video.image.unique()) > 2, "an image that was resized"
+    image = run.images[prompts[0]]
+    assert torch.equal(image, encoded)
+    assert len(image.unique()) > 2, "an image that was resized"
     assert starting_image(pipe, "text alone", height=16, width=16) is None
 
 

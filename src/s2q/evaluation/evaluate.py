@@ -6,7 +6,7 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +28,11 @@ from s2q.evaluation.judges.learned import Judges, open_judges
 from s2q.evaluation.parallel import MeasuredShard, Shard, measure_shards, shards_of
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
-from s2q.evaluation.sensitivity import kind_errors, linears_by_kind
+from s2q.evaluation.sensitivity import check_measurable, kind_errors, linears_by_kind
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
 from s2q.evaluation.summary import summarise, summarise_kinds
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, selected_metrics
+from s2q.generation.conditioning import starting_image
 from s2q.generation.defaults import (
     calibrated_generation,
     embedded_source,
@@ -45,7 +46,6 @@ from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched,
 from s2q.generation.load import (
     check_model,
     check_same_loras,
-    is_checkpoint,
     load_pipeline,
     models_that_fit,
     refuse_load_options,
@@ -68,7 +68,8 @@ VideoDone = Callable[[str, Video], None]
 class ReferenceRun:
     """Videos and recorded calls of the full-precision model, with which any number of models is compared.
 
-    `wanted` are the metrics to compute; there are no `recordings` without velocity error.
+    `wanted` are the metrics to compute, `images` what the videos of a prompt start from; there are no `recordings`
+    without velocity error.
     """
 
     settings: EvaluationSettings
@@ -78,6 +79,7 @@ class ReferenceRun:
     dtype: torch.dtype
     batch_size: int
     videos: tuple[Video, ...]
+    images: Mapping[str, torch.Tensor | None]
     recordings: Recordings
     judges: Judges
     floor: tuple[VideoScores, ...]
@@ -188,7 +190,7 @@ def _evaluate(
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
     if sensitivity:
-        _check_sensitivity(model, reference)
+        check_measurable(model, reference)
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
         measured = _evaluate_shards(
             model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
@@ -234,18 +236,6 @@ def _measure_sensitivity(
             recorded += trajectory.prompts
             errors += kind_errors(transformers_of(pipe), kinds, trajectory, step_done=tick)
     return summarise_kinds({kind: len(linears) for kind, linears in kinds.items()}, recorded, errors)
-
-
-def _check_sensitivity(model: Any, reference: Any) -> None:
-    """Refuse a model that s2q has not quantized, and a quantized reference."""
-
-    def packed(side: Any) -> bool:
-        return is_checkpoint(side) if isinstance(side, ModelSource) else bool(linears_by_kind(transformers_of(side)))
-
-    if not packed(model):
-        raise InvalidInputError(f"{model_label(model)}: sensitivity needs a model that s2q quantized")
-    if packed(reference) or (isinstance(reference, ModelSource) and reference.is_quantized):
-        raise InvalidInputError(f"{model_label(reference)}: sensitivity needs a full-precision reference")
 
 
 def _evaluate_shards(
@@ -344,7 +334,8 @@ def run_reference(
             result = denoise(pipe, names, seeds=numbers, settings=generation, step_done=tick)
             if VELOCITY in wanted:
                 recordings.skip()
-        videos += _report_videos(videos_of(pipe, names, numbers, result), reference, video_done)
+        videos += _report_videos(videos_of(names, numbers, result), reference, video_done)
+    height, width = videos[0].frames.shape[1:3]
     run = ReferenceRun(
         settings=settings,
         architecture=architecture_of(pipe, label=model_label(reference)),
@@ -353,6 +344,7 @@ def run_reference(
         dtype=pipe.transformer.dtype,
         batch_size=size,
         videos=tuple(videos),
+        images={prompt: starting_image(pipe, prompt, height=height, width=width) for prompt in prompts},
         recordings=recordings,
         judges=judges,
         floor=tuple(noise_pairs(videos, judges=judges, wanted=wanted)),
@@ -391,9 +383,10 @@ def judge_model(
         if trajectory is not None:
             replay = replay or StageCounter(progress, "velocity", run.recordings.num_calls)
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
-        videos = _report_videos(videos_of(pipe, names, seeds, result), model, video_done)
+        videos = _report_videos(videos_of(names, seeds, result), model, video_done)
         for video, errors in zip(videos, steps, strict=True):
-            scores.append(judge_video(video, run.videos[len(scores)], errors, wanted=run.wanted, judges=run.judges))
+            base, image = run.videos[len(scores)], run.images[video.prompt]
+            scores.append(judge_video(video, base, errors, wanted=run.wanted, judges=run.judges, image=image))
     if pipe not in (model, opened):
         del pipe
         free_memory()  # the next model takes its place

@@ -7,14 +7,18 @@ full-precision model, one kind at a time. The errors of all kinds need not add u
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from s2q.common.components import full_name, pattern_of, split_name
+from s2q.common.components import full_name, pattern_of, split_name, transformers_of
+from s2q.common.errors import InvalidInputError
 from s2q.common.progress import Tick
 from s2q.evaluation.velocity import velocity_errors
+from s2q.generation.defaults import model_label
+from s2q.generation.load import is_checkpoint
 from s2q.generation.trajectory import Trajectory
-from s2q.models import family_of, token_layout
+from s2q.models import ModelSource, family_of, token_layout
 from s2q.nn import follow_tokens, unfollow_tokens
 from s2q.nn.packed import PackedLinear
 from s2q.nn.swap import replace_module
@@ -32,6 +36,18 @@ def linears_by_kind(transformers: Mapping[str, nn.Module]) -> Kinds:
                 full = full_name(component, name)
                 kinds[pattern_of(full)][full] = module
     return dict(kinds)
+
+
+def check_measurable(model: Any, reference: Any) -> None:
+    """Refuse a model that s2q has not quantized, and a quantized reference; both are pipelines or resolved sources."""
+
+    def packed(side: Any) -> bool:
+        return is_checkpoint(side) if isinstance(side, ModelSource) else bool(linears_by_kind(transformers_of(side)))
+
+    if not packed(model):
+        raise InvalidInputError(f"{model_label(model)}: sensitivity needs a model that s2q quantized")
+    if packed(reference) or (isinstance(reference, ModelSource) and reference.is_quantized):
+        raise InvalidInputError(f"{model_label(reference)}: sensitivity needs a full-precision reference")
 
 
 def kind_errors(

@@ -51,8 +51,13 @@ def selected_metrics(names: Sequence[str], *, lpips: bool = False, clip: bool = 
     return tuple(metric for metric in known if metric in chosen)
 
 
-def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
+def compare_videos(
+    video: Video, base: Video, *, names: Sequence[str] = METRICS, image: torch.Tensor | None = None
+) -> dict[str, float | None]:
     """Measure a video against the full-precision one of the same prompt and seed; without the velocity error.
+
+    Args:
+        image: What the videos start from, uint8 `[H, W, 3]` in the size of the frames; None for text to video.
 
     Returns:
         Values by metric name; those of the reference alone under `reference_…`; None where a metric does not apply.
@@ -63,7 +68,7 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     if SPEED in names:
         values[SPEED] = speed_ratio(video.prompt, video.frames, base.frames, detect=detect)
     if FIRST_FRAME in names:
-        values |= measure_both(lambda _, frames: _first_frame(frames, base.image), video, base, names=names)
+        values |= measure_both(lambda _, frames: _first_frame(frames, image), video, base, names=names)
     if BLACK in names:
         values |= measure_both(lambda _, frames: {BLACK: metrics.black_frames(frames)}, video, base, names=names)
     if any(name in ADHERENCE for name in names):
@@ -95,10 +100,16 @@ def _first_frame(frames: torch.Tensor, image: torch.Tensor | None) -> dict[str, 
 
 
 def judge_video(
-    video: Video, base: Video, errors: Sequence[float], *, wanted: Sequence[str], judges: Judges
+    video: Video,
+    base: Video,
+    errors: Sequence[float],
+    *,
+    wanted: Sequence[str],
+    judges: Judges,
+    image: torch.Tensor | None = None,
 ) -> VideoScores:
     """Measure everything that is wanted of one video; `errors` are its velocity errors step by step."""
-    values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
+    values = compare_videos(video, base, names=wanted, image=image) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None
     return VideoScores(prompt=str(video.prompt), seed=video.seed, metrics=values, velocity_steps=tuple(errors))

@@ -111,21 +111,20 @@ def adapt_call(pipe: Any, arguments: dict[str, Any], prompts: Sequence[Prompt], 
     arguments["image"] = prompt.image.pixels
     if not known.takes_size:
         del arguments["height"], arguments["width"]
-        arguments["image"] = _resized(pipe, prompt.image, height=settings.height, width=settings.width)
+        arguments["image"] = _resized(pipe, known, prompt.image, height=settings.height, width=settings.width)
 
 
 def starting_image(pipe: Any, prompt: str, *, height: int, width: int) -> torch.Tensor | None:
     """Return the image of a prompt as a pipeline resizes it, uint8 `[H, W, 3]`; None for text to video."""
-    image = Prompt.of(prompt).image
-    if image is None or image_to_video(pipe) is None:
+    image, known = Prompt.of(prompt).image, image_to_video(pipe)
+    if image is None or known is None:
         return None
-    return torch.from_numpy(np.array(_resized(pipe, image, height=height, width=width)))
+    return torch.from_numpy(np.array(_resized(pipe, known, image, height=height, width=width)))
 
 
-def _resized(pipe: Any, image: ConditioningImage, *, height: int, width: int) -> Any:
+def _resized(pipe: Any, known: ImageToVideo, image: ConditioningImage, *, height: int, width: int) -> Any:
     """Resize an image as a pipeline does that takes a size, or crop it to the size that one makes of it."""
-    known = image_to_video(pipe)
-    mode = "default" if known is None or known.takes_size else "crop"
+    mode = "default" if known.takes_size else "crop"
     return pipe.video_processor.resize(image.pixels, height=height, width=width, resize_mode=mode)
 
 

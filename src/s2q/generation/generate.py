@@ -16,7 +16,7 @@ from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.engine import Engine, InProcessEngine, Worker, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
-from s2q.generation.conditioning import check_supported, starting_image, takes_batches
+from s2q.generation.conditioning import check_supported, takes_batches
 from s2q.generation.defaults import generation_defaults, with_first_frames
 from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline, pipeline_to_ask, refuse_load_options
@@ -46,16 +46,12 @@ LESS_MEMORY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """One generated video, on the CPU: frames `[F, H, W, 3]`, uint8; final latents `[f, C, h, w]`, float32.
-
-    `image` is what it starts from, uint8 `[H, W, 3]` in the size of the frames; None for text to video.
-    """
+    """One generated video, on the CPU: frames `[F, H, W, 3]`, uint8; final latents `[f, C, h, w]`, float32."""
 
     prompt: str
     seed: int
     frames: torch.Tensor
     latents: torch.Tensor
-    image: torch.Tensor | None = None
 
 
 @memory_errors("generating videos", remedy=LESS_MEMORY)
@@ -210,7 +206,7 @@ class _BatchWork:
         assert self.settings is not None
         pipe = worker.keep(_PIPE, lambda: self.load(self.source, worker.device))
         result = denoise(pipe, batch[0], seeds=batch[1], settings=self.settings, step_done=lambda: worker.tell(None))
-        return videos_of(pipe, *batch, result)
+        return videos_of(*batch, result)
 
     def load(self, source: ModelSource | None, device: str) -> DiffusionPipeline:
         """Load the pipeline."""
@@ -246,20 +242,11 @@ def _generate(engine: Engine, work: _BatchWork, batches: Sequence[_Batch], progr
     return [video for index in range(len(batches)) for video in videos[index]]
 
 
-def videos_of(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], result: DenoisingResult | Trajectory
-) -> list[Video]:
-    """Return the videos of one decoded batch of a pipeline, one for each prompt and seed."""
+def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: DenoisingResult | Trajectory) -> list[Video]:
+    """Return the videos of one decoded batch, one for each prompt and seed."""
     assert result.frames is not None
-    height, width = result.frames.shape[2:4]
     return [
-        Video(
-            prompt=prompt,
-            seed=seed,
-            frames=frames,
-            latents=latents,
-            image=starting_image(pipe, prompt, height=height, width=width),
-        )
+        Video(prompt=prompt, seed=seed, frames=frames, latents=latents)
         for prompt, seed, frames, latents in zip(prompts, seeds, result.frames, result.latents, strict=True)
     ]
 
