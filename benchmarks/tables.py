@@ -34,7 +34,7 @@ from speed_tables import (
     steps_table,
     threads_table,
 )
-from use_tables import lengths_table, lora_table
+from use_tables import lengths_table, lora_table, pairs_table
 from variants import GROUPS, JUDGED, Variant
 
 from s2q.evaluation.intervals import clustered_mean
@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "text-encoders": text_encoders_table,
     "lengths": lengths_table,
     "lora": lora_table,
+    "pairs": pairs_table,
     "outliers": outlier_table,
     "kernels": kernels_table,
     "linear": linear_table,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from markdown_tables import interval, table_head, table_row
 
+from s2q.evaluation.intervals import clustered_mean
+
 RESULTS = Path(__file__).parent / "results"
 RECIPES = ("rtn-w4a6", "s2q-w4a6", "s2q-plus-w4a6")
 LENGTH_COLUMNS = {
@@ -21,6 +23,24 @@ LORA_COLUMNS = {
     "effect_ratio": (".3f", 1.0),
     "effect_error": ("#.3g", 100.0),
 }
+
+
+PAIR_COLUMNS = {"velocity_relative_error": ("#.3g", 100.0), "psnr_frame_mean_db": (".1f", 1.0)}
+WAYS = {"full_precision": "full precision (default)", "quantized": "the quantized first transformer"}
+
+
+def pairs_table(_: str) -> str:
+    """Pairs by the model that generated the samples of the second transformer."""
+    lines = table_head("recipe, seed, samples of the second by", ["velocity error, %", "PSNR dB"])
+    for path in sorted((RESULTS / "pairs").glob("*.json")):
+        record = json.loads(path.read_text())
+        cells = []
+        for name, (form, scale) in PAIR_COLUMNS.items():
+            values = {video["prompt"]: [video["metrics"][name]] for video in record["videos"]}
+            cells.append(interval(vars(clustered_mean(values)), form, scale=scale))
+        lines.append(table_row(f"`{record['recipe']}`, {record['seed']}, {WAYS[record['trajectory_2']]}", cells))
+    note = f"{len(record['videos'])} held-out prompts, float32, `boundary_ratio` {record['boundary_ratio']}."
+    return "\n".join([*lines, "", f"{note} Made by `{record['command']}`."])
 
 
 def lengths_table(model: str) -> str:
