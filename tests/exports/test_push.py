@@ -66,6 +66,104 @@ def stored(hub, repo=REPO, revision="main"):
     return {name: hub.objects[file] if isinstance(file, str) else file for name, file in files.items()}
 
 
+def copied(hub, folder):
+    """A downloaded copy of the repository."""
+    for name, content in stored(hub).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return folder
+
+
+def test_a_copy_of_a_pushed_repository_is_pushed_with_another_evaluation_and_videos(
+    hub, checkpoint, measured, tmp_path
+):
+    s2q.push(checkpoint, repo=REPO, **measured)
+    record = json.loads(stored(hub)["s2q/eval.json"])
+    record["metrics"]["psnr"]["mean"] = 12.5
+    measured["evaluation"].write_text(json.dumps(record))
+    generation = json.loads((measured["videos"] / "generation.json").read_text())
+    generation["videos"] = [{"file": "001-b.mp4", "prompt": "a blue square", "seed": 0}]
+    (measured["videos"] / "generation.json").write_text(json.dumps(generation))
+    (measured["videos"] / "001-b.mp4").write_bytes(b"another")
+    report = s2q.push(copied(hub, tmp_path / checkpoint.name), repo=REPO, overwrite=True, **measured)
+    assert report.deleted == ("videos/000-a.mp4",)
+    again = copied(hub, tmp_path / "again")
+    assert s2q.inspect(again, verify=True).problems == ()
+    assert json.loads((again / "s2q/eval.json").read_text())["metrics"]["psnr"]["mean"] == 12.5
+    text = (again / "README.md").read_text()
+    assert [text.count(part) for part in ("## Measured", "## Videos", "<Gallery />", "widget:")] == [1, 1, 1, 1]
+    assert "| psnr | 12.5 |" in text
+    assert front_matter(text)["widget"] == [{"text": "a blue square", "output": {"url": "videos/001-b.mp4"}}]
+
+
+def test_the_pushed_evaluation_has_no_local_path(hub, checkpoint, measured, tmp_path):
+    for reference, expected in ((str(tmp_path), tmp_path.name), ("acme/wan@v2", "acme/wan@v2"), ("shapes-wan",) * 2):
+        record = json.loads(measured["evaluation"].read_text())
+        measured["evaluation"].write_text(json.dumps(record | {"reference": reference}))
+        s2q.push(checkpoint, repo=REPO, overwrite=True, evaluation=measured["evaluation"])
+        pushed = json.loads(stored(hub)["s2q/eval.json"])
+        assert (pushed["model"], pushed["reference"]) == (REPO, expected)
+        assert pushed["metrics"] == record["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("base_model: acme/base\n", "acme/base"),
+        ("base_model:\n- acme/base\n- ./local\n- acme/other\n", ["acme/base", "acme/other"]),
+        ("base_model:\n- ./local\n- /data/model\n", None),
+        ("base_model: {}\n", None),
+    ],
+)
+def test_base_models_on_the_hub_are_kept(hub, checkpoint, tmp_path, base, expected):
+    copy = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    fields = front_matter((copy / "README.md").read_text())
+    others = {name: value for name, value in fields.items() if not name.startswith("base_model")}
+    kept = "".join(f"{name}: {json.dumps(value)}\n" for name, value in others.items())
+    (copy / "README.md").write_text(f"---\n{base}base_model_relation: quantized\n{kept}---\n\nMine.\n")
+    s2q.push(copy, repo=REPO)
+    text = stored(hub)["README.md"].decode()
+    bases = {} if expected is None else {"base_model": expected, "base_model_relation": "quantized"}
+    assert front_matter(text) == others | bases
+    assert text.endswith("---\n\nMine.\n")
+    huggingface_hub.ModelCard(text).validate()
+
+
+def test_a_card_that_cannot_be_read_is_refused(hub, checkpoint, tmp_path):
+    copy = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    (copy / "README.md").write_text("---\ntags: [a\n---\nMine.\n")
+    with pytest.raises(InvalidInputError, match=r"README\.md: its front matter is not a YAML mapping; correct it"):
+        s2q.push(copy, repo=REPO)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("is_pushed", [True, False])
+def test_a_card_that_was_written_on_the_hub_is_replaced_only_if_asked(hub, checkpoint, is_pushed):
+    if is_pushed:
+        s2q.push(checkpoint, repo=REPO)
+    else:
+        hub.repos[REPO] = Repo(private=True)
+    repo = hub.repos[REPO]
+    repo.commit("main", repo.files("main") | {"README.md": b"---\nlicense: mit\n---\nWritten on the Hub.\n"})
+    before = stored(hub)
+    with pytest.raises(InvalidInputError, match=r"its README\.md was written or edited there; pass --overwrite"):
+        s2q.push(checkpoint, repo=REPO)
+    assert stored(hub) == before
+    assert s2q.push(checkpoint, repo=f"{REPO}@v2").branch == "v2"
+    s2q.push(checkpoint, repo=REPO, overwrite=True)
+    assert b"Written on the Hub" not in stored(hub)["README.md"]
+
+
+def test_a_card_that_the_hub_made_for_a_new_repository_is_replaced(hub, checkpoint):
+    hub.repos[REPO] = Repo(private=True)
+    hub.repos[REPO].commit("main", {"README.md": b"---\nlicense: mit\n---\n"})
+    s2q.push(checkpoint, repo=REPO)
+    assert b"library_name: diffusers" in stored(hub)["README.md"]
+
+
 def test_a_push_is_private_and_has_the_files_the_card_and_a_manifest_of_all(hub, checkpoint, measured, tmp_path):
     report = s2q.push(checkpoint, repo=REPO, message="First", **measured)
     files = stored(hub)
@@ -78,11 +176,7 @@ def test_a_push_is_private_and_has_the_files_the_card_and_a_manifest_of_all(hub,
     assert set(own) | {"s2q/eval.json", "videos/000-a.mp4"} == set(report.files)
     changed = {name for name, path in own.items() if files[name] != path.read_bytes()}
     assert changed == {"README.md", "s2q/manifest.json"}
-    for name, content in files.items():
-        target = tmp_path / "copy" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    assert s2q.inspect(tmp_path / "copy", verify=True).problems == ()
+    assert s2q.inspect(copied(hub, tmp_path / "copy"), verify=True).problems == ()
 
 
 def test_the_card_has_the_id_the_measured_table_and_the_videos(hub, checkpoint, measured):
@@ -109,12 +203,12 @@ def test_measured_again_replaces_the_table(measured, checkpoint):
     metrics = json.loads(measured["evaluation"].read_text())["metrics"]
     text = (checkpoint / "README.md").read_text()
     metrics.pop("x")
-    first = published_card(text, repo=REPO, has_base=False, metrics=metrics, videos={})
-    second = published_card(first, repo=REPO, has_base=False, metrics={"ssim": metrics["psnr"]}, videos={})
+    first = published_card(text, repo=REPO, bases=[], metrics=metrics, videos={})
+    second = published_card(first, repo=REPO, bases=[], metrics={"ssim": metrics["psnr"]}, videos={})
     assert second == first.replace("| psnr |", "| ssim |").replace(
         "| reference_x | 34.25 | – | 35 | mean of frames, dB |\n", ""
     )
-    assert published_card(first, repo=REPO, has_base=True, metrics=None, videos={}) == first
+    assert published_card(first, repo=REPO, bases=[], metrics=None, videos={}) == first
 
 
 def test_an_interrupted_push_sends_what_is_missing(hub, checkpoint):
@@ -157,6 +251,18 @@ def test_a_dry_run_writes_nothing(hub, checkpoint):
     report = s2q.push(checkpoint, repo=REPO, dry_run=True)
     assert (report.commit, hub.repos) == (None, {})
     assert {method for method, _ in hub.requests} == {"GET"}
+
+
+def test_a_dry_run_lists_the_files_to_write_and_to_delete(hub, checkpoint, measured, capsys):
+    s2q.push(checkpoint, repo=REPO, **measured)
+    before = stored(hub)
+    assert run(["push", str(checkpoint), REPO, "--overwrite", "--dry-run"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    deleted = [line.removeprefix("would be deleted: ") for line in lines if line.startswith("would be deleted: ")]
+    assert deleted == ["s2q/eval.json", "videos/000-a.mp4"]
+    written = [line.split()[3] for line in lines if line.startswith("would be written: ")]
+    assert set(written) == set(before) - {".gitattributes", *deleted}
+    assert stored(hub) == before
 
 
 @pytest.mark.parametrize("files", [{"model.bin": b"x"}, {"s2q/manifest.json": None, "notes.txt": b"x"}])
@@ -232,8 +338,15 @@ def test_what_is_no_intact_checkpoint_is_refused(hub, checkpoint, tiny_model, tm
     copy = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, copy)
     (copy / "model_index.json").write_text((copy / "model_index.json").read_text() + " ")
-    with pytest.raises(InvalidInputError, match=r"model_index\.json"):
+    with pytest.raises(
+        InvalidInputError, match=r"model_index\.json: .*; push the folder as s2q quantize wrote it"
+    ) as raised:
         s2q.push(copy, repo=REPO)
+    assert "verify" not in str(raised.value)
+    (copy / "s2q" / "manifest.json").unlink()
+    with pytest.raises(InvalidInputError, match="has no s2q/manifest.json, .* push the folder as s2q") as raised:
+        s2q.push(copy, repo=REPO)
+    assert "--verify" not in str(raised.value)
     assert hub.repos == {}
 
 

@@ -135,33 +135,33 @@ def intact() -> Iterator[None]:
         _INTACT.reset(token)
 
 
-def check_intact(folder: Path, *, verify: bool | None = None) -> None:
+def check_intact(folder: Path, *, verify: bool | None = None, remedy: str | None = None) -> None:
     """Refuse a checkpoint whose files differ from its manifest; edits of the model card are allowed.
 
     diffusers writes no manifest when it saves a checkpoint again, with another scheduler for example: `verify=None`
-    warns of that, True refuses it; False checks nothing.
+    warns of that, True refuses it; False checks nothing. Errors end with `remedy`, by default that of loading.
     """
     if verify is False:
         return
     if not _is_there(folder / MANIFEST):
         if verify:
-            raise _no_manifest(folder)
+            raise _no_manifest(folder, remedy=remedy)
         message = f"{folder}: has no {MANIFEST}, as diffusers saves it, so its files are not verified"
         log_once(logger, logging.WARNING, message)  # evaluations load a checkpoint several times
         return
     problems = [problem for problem in verify_manifest(folder) if not problem.startswith(f"{CARD}:")]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InvalidInputError(
-            f"{folder}: {'; '.join(problems[:3])}{more}; download or quantize the model again, or pass --no-verify "
-            "(verify=False) if you changed it yourself"
+        remedy = remedy or (
+            "download or quantize the model again, or pass --no-verify (verify=False) if you changed it yourself"
         )
+        raise InvalidInputError(f"{folder}: {'; '.join(problems[:3])}{more}; {remedy}")
 
 
-def _no_manifest(folder: Path) -> InvalidInputError:
+def _no_manifest(folder: Path, *, remedy: str | None = None) -> InvalidInputError:
+    remedy = remedy or "verify the original checkpoint, or omit --verify (verify=True)"
     return InvalidInputError(
-        f"{folder}: has no {MANIFEST}, so it cannot be verified; diffusers does not save one: verify the original "
-        "checkpoint, or omit --verify (verify=True)"
+        f"{folder}: has no {MANIFEST}, so it cannot be verified; diffusers does not save one: {remedy}"
     )
 
 

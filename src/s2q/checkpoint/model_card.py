@@ -3,12 +3,14 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from s2q.checkpoint.config import S2QConfig
-from s2q.common.cards import read_card, split_card
+from s2q.common.cards import front_matter, read_card, split_card
 
 HOMEPAGE = "https://arxiv.org/abs/2508.04016"
 _FOLDER = "path/to/this/folder"
@@ -63,31 +65,37 @@ def render_model_card(
 
 
 def published_card(
-    text: str, *, repo: str, has_base: bool, metrics: Mapping[str, Any] | None, videos: Mapping[str, str]
+    text: str, *, repo: str, bases: Sequence[str], metrics: Mapping[str, Any] | None, videos: Mapping[str, str]
 ) -> str:
     """Return the card of a checkpoint as it is shown on the Hub.
 
     Args:
         text: The card of its folder, maybe edited.
         repo: Its id, which replaces the folder in commands.
-        has_base: Whether `base_model` of the front matter is an id of the Hub too; it is dropped otherwise.
+        bases: The `base_model` of the front matter that are ids of the Hub; others are dropped.
         metrics: Of eval.json; they replace those of the card. None keeps them.
-        videos: Captions by path in the repository, for the gallery of the page.
+        videos: Captions by path in the repository, for the gallery of the page; they replace those of the card. None
+            are kept.
     """
-    front, body = split_card(text)
-    front, body = front or "", body.replace(_FOLDER, repo).rstrip("\n") + "\n"
-    if not has_base:
-        front = re.sub(r"^base_model(?:_relation)?:.*\n", "", front, flags=re.MULTILINE)
+    fields, (_, body) = front_matter(text), split_card(text)
+    body = body.replace(_FOLDER, repo).rstrip("\n") + "\n"
+    if not bases:
+        fields = {name: value for name, value in fields.items() if name not in ("base_model", "base_model_relation")}
+    elif isinstance(fields["base_model"], list):
+        fields["base_model"] = list(bases)
     if metrics is not None:
-        body = re.sub(r"^## Measured\n.*?(?=^## |\Z)", "", body, flags=re.MULTILINE | re.DOTALL).rstrip("\n")
-        body += "\n\n" + _rendered("measured.md.j2", metrics=metrics).rstrip("\n") + "\n"
+        body = _with_section(body, "Measured", _rendered("measured.md.j2", metrics=metrics))
     if videos:
-        front += "widget:\n" + "".join(
-            f"- text: {json.dumps(caption, ensure_ascii=False)}\n  output:\n    url: {json.dumps(path)}\n"
-            for path, caption in videos.items()
-        )
-        body += "\n## Videos\n\n<Gallery />\n"
+        fields["widget"] = [{"text": caption, "output": {"url": path}} for path, caption in videos.items()]
+        body = _with_section(body, "Videos", "## Videos\n\n<Gallery />\n")
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) if fields else ""
     return f"---\n{front}---\n{body}"
+
+
+def _with_section(body: str, title: str, section: str) -> str:
+    """Return the text of a card with a section at its end, in place of one of the same title."""
+    rest = re.sub(rf"^## {title}\n.*?(?=^## |\Z)", "", body, flags=re.MULTILINE | re.DOTALL)
+    return rest.rstrip("\n") + "\n\n" + section.rstrip("\n") + "\n"
 
 
 def _rendered(template: str, **values: Any) -> str:

@@ -17,10 +17,16 @@ def push(
     videos: Annotated[
         Path | None, options.folder_option("--videos", help="Folder of s2q generate of the checkpoint, for the card.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Show a new repository to everybody.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public, or accept a public one.")
+    ] = False,
     message: Annotated[str | None, typer.Option("--message", help="Message of the commit.", metavar="TEXT")] = None,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that the branch has, and an edited model card.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list the files, without writing.")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Push a checkpoint to the Hub, private by default."""
@@ -28,6 +34,7 @@ def push(
 
     from s2q.cli import console, output
     from s2q.exports.push import push as run
+    from s2q.models.hub import MAIN
     from s2q.report.formatting import format_bytes
 
     console.quiet_libraries()
@@ -50,8 +57,13 @@ def push(
         return
     visibility = "private" if result["private"] else "public"
     size = format_bytes(sum(result["files"].values()))
-    what = "would be written" if result["commit"] is None else f"commit {result['commit'][:12]}"
-    name = result["repo"] if result["branch"] == "main" else f"{result['repo']}@{result['branch']}"
+    what = "nothing was written" if result["commit"] is None else f"commit {result['commit'][:12]}"
+    name = result["repo"] if result["branch"] == MAIN else f"{result['repo']}@{result['branch']}"
     console.say(f"{name} ({visibility}): {len(result['files'])} files, {size}, {what}")
-    if result["commit"] is not None:
+    if result["commit"] is None:
+        for file, size_bytes in result["files"].items():
+            console.say(f"would be written: {file} ({format_bytes(size_bytes)})")
+        for file in result["deleted"]:
+            console.say(f"would be deleted: {file}")
+    else:
         console.say(f"next: s2q generate -m {name} --prompt TEXT -o videos")

@@ -46,7 +46,7 @@ from s2q.exports.target import (
 from s2q.exports.targets import TARGETS
 from s2q.exports.text_encoders import write_dequantized
 from s2q.exports.verify import verify_written
-from s2q.generation.load import is_checkpoint
+from s2q.generation.load import require_checkpoint
 from s2q.models import ModelSource, resolve_model
 from s2q.nn import PackedLinear
 
@@ -128,8 +128,7 @@ def export(
     verify, overwrite = optional(flag, "verify", verify), flag("overwrite", overwrite)
     shard_size = parse_bytes(max_shard_size, option="max_shard_size")
     source = resolve_model(model_argument("model", model), variant=optional(word, "variant", variant))
-    if not is_checkpoint(source):
-        raise InvalidInputError(f"{source.given} is not an s2q checkpoint; quantize the model first, with s2q quantize")
+    require_checkpoint(source)
     if target.file is not None and out.suffix != target.file.suffix:
         raise UsageError(f"out: got {out}; {target.name} writes a file, whose name ends in {target.file.suffix}")
     job = _Job(source, target, optional(word, "component", component), progress or silent)

@@ -16,12 +16,12 @@ from s2q import checkpoint
 from s2q.checkpoint.manifest import MANIFEST, read_manifest
 from s2q.checkpoint.model_card import published_card
 from s2q.common.arguments import flag, model_argument, optional, path_argument, plain_text
-from s2q.common.cards import CARD, front_matter
-from s2q.common.errors import InvalidInputError
-from s2q.common.files import canonical_json, read_json, sha256_file
+from s2q.common.cards import CARD, front_matter, split_card
+from s2q.common.errors import InvalidInputError, first_line
+from s2q.common.files import canonical_json, existing_folder, read_json, sha256_file
 from s2q.common.progress import Progress, silent
 from s2q.common.records import EVALUATION_VERSION, MANIFEST_VERSION, PUSH_VERSION, RECORDS
-from s2q.generation.load import is_checkpoint
+from s2q.generation.load import require_checkpoint
 from s2q.models import resolve_model
 from s2q.models.hub import HubId, parse_hub_id
 from s2q.models.hub_upload import RemoteModel, check_access, downloaded, remote_model, write_model
@@ -30,6 +30,7 @@ EVALUATION = (RECORDS / "eval.json").as_posix()
 VIDEOS = "videos"
 _OF_THE_HUB = frozenset({".gitattributes", CARD})
 _MESSAGE = "Push a checkpoint of s2q"
+_REMEDY = "push the folder as s2q quantize wrote it; download or quantize the model again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def push(
         videos: Folder of `s2q generate` of the checkpoint, for the gallery of the card.
         private: Visibility of a new repository; an existing public one is refused if it is True.
         message: Of the commit.
-        overwrite: Whether to replace a checkpoint that the branch has.
+        overwrite: Whether to replace a checkpoint that the branch has, and a model card that was edited there.
         dry_run: Whether to check everything and write nothing.
         progress: Called with the stage, what is done and the total.
 
@@ -91,7 +92,7 @@ def push(
 
     Raises:
         InvalidInputError: If the checkpoint differs from its manifest, evaluation or videos are of another model, there
-            is no token, or the repository is public or has other files.
+            is no token, or the repository is public, has other files or an edited card.
         S2QError: If the Hub fails or cannot be reached.
     """
     private, overwrite, dry_run = flag("private", private), flag("overwrite", overwrite), flag("dry_run", dry_run)
@@ -105,9 +106,7 @@ def push(
     remote = remote_model(hub)
     earlier = frozenset[str]()
     if remote is not None:
-        manifest = files[MANIFEST.as_posix()]
-        assert isinstance(manifest, bytes)
-        earlier = _check_remote(hub, remote, manifest, private=private, overwrite=overwrite)
+        earlier = _check_remote(hub, remote, files, private=private, overwrite=overwrite)
     deleted = tuple(sorted(earlier - files.keys()))
     commit = None
     if not dry_run:
@@ -117,7 +116,7 @@ def push(
     return PushReport(
         schema_version=PUSH_VERSION,
         repo=hub.repo,
-        branch=hub.revision or "main",
+        branch=hub.branch,
         commit=commit,
         private=private if remote is None else remote.private,
         files={name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()},
@@ -137,12 +136,11 @@ def _target(repo: str) -> HubId:
 def _checked_folder(model: str | Path) -> Path:
     """Return the folder of a checkpoint after comparing it with its manifest."""
     source = resolve_model(model_argument("model", model))
-    if not is_checkpoint(source):
-        raise InvalidInputError(f"{source.given} is not an s2q checkpoint; quantize the model first, with s2q quantize")
+    require_checkpoint(source)
     if source.kind != "folder":
         raise InvalidInputError(f"{source.given}: got a {source.kind} model; expected a folder on this machine")
     folder = source.complete_folder()
-    checkpoint.check_intact(folder, verify=True)
+    checkpoint.check_intact(folder, verify=True, remedy=_REMEDY)
     if not (folder / CARD).is_file():
         raise InvalidInputError(f"{folder}: has no {CARD}, the model card; put it back, or quantize again")
     return folder
@@ -153,27 +151,48 @@ def _files_of(
 ) -> dict[str, Path | bytes]:
     """Return files and contents by path in the repository, the manifest of all of them last."""
     listed = read_manifest(folder)
-    files: dict[str, Path | bytes] = {name: folder / name for name in listed if name != CARD}
+    copied: dict[str, Path | bytes] = {name: folder / name for name in listed if name != CARD}
+    made: dict[str, Path | bytes] = {}
     metrics = None
     if evaluation is not None:
         path = path_argument("evaluation", evaluation)
-        metrics, files[EVALUATION] = _metrics_of(path, folder), path
+        content = _evaluation_of(path, folder)
+        metrics, made[EVALUATION] = _compared(content["metrics"]), _published(path, content, hub)
     captions = {} if videos is None else _captions_of(path_argument("videos", videos), folder)
-    files |= {f"{VIDEOS}/{path.name}": path for path in captions}
-    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    base = front_matter(text).get("base_model")
-    card = published_card(
+    if captions:  # in place of those of an earlier push
+        copied = {name: path for name, path in copied.items() if not name.startswith(f"{VIDEOS}/")}
+    made |= {f"{VIDEOS}/{path.name}": path for path in captions}
+    text = _card_of(folder)
+    made[CARD] = published_card(
         text,
         repo=hub.repo,
-        has_base=isinstance(base, str) and parse_hub_id(base) is not None,
+        bases=_hub_ids(front_matter(text).get("base_model")),
         metrics=metrics,
         videos={f"{VIDEOS}/{path.name}": caption for path, caption in captions.items()},
-    )
-    files[CARD] = card.encode()
-    entries = {name: listed.get(name) if name != CARD else None for name in files}
-    described = {name: entry or _described(files[name]) for name, entry in entries.items()}
+    ).encode()
+    files = copied | made
+    described = {name: _described(file) if name in made else listed[name] for name, file in files.items()}
     manifest = {"schema_version": MANIFEST_VERSION, "files": described}
     return files | {MANIFEST.as_posix(): canonical_json(manifest).encode()}
+
+
+def _card_of(folder: Path) -> str:
+    """Return the text of the model card of a folder; refuse front matter that cannot be read, which would be lost."""
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    front, _ = split_card(text)
+    if front and front.strip() and not front_matter(text):
+        raise InvalidInputError(f"{folder / CARD}: its front matter is not a YAML mapping; correct it")
+    return text
+
+
+def _hub_ids(base: Any) -> list[str]:
+    """Return those of the `base_model` of a card, a text or a list, that are ids of the Hub."""
+    names = base if isinstance(base, list) else [base]
+    return [name for name in names if isinstance(name, str) and _is_hub_id(name)]
+
+
+def _is_hub_id(name: str) -> bool:
+    return parse_hub_id(name) is not None and existing_folder(name) is None
 
 
 def _described(file: Path | bytes) -> dict[str, Any]:
@@ -182,8 +201,8 @@ def _described(file: Path | bytes) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
-def _metrics_of(path: Path, folder: Path) -> dict[str, Any]:
-    """Return the metrics of an eval.json of this checkpoint, without those of the reference alone."""
+def _evaluation_of(path: Path, folder: Path) -> dict[str, Any]:
+    """Return the content of an eval.json of this checkpoint."""
     remedy = f"make it with s2q eval -m {folder.name} --reference MODEL -o eval.json"
     content = read_json(path, remedy=remedy)
     metrics = content.get("metrics")
@@ -191,11 +210,28 @@ def _metrics_of(path: Path, folder: Path) -> dict[str, Any]:
     if not is_evaluation or not all(_is_metric(value) for value in metrics.values()):
         raise InvalidInputError(f"{path}: is no evaluation; {remedy}")
     _check_model(path, content, folder, remedy)
+    return content
+
+
+def _compared(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics for the card: measured ones, without those of the reference alone."""
     return {
         name: value
         for name, value in metrics.items()
         if not name.startswith("reference_") and value["mean"] is not None
     }
+
+
+def _published(path: Path, content: Mapping[str, Any], hub: HubId) -> bytes:
+    """Return an eval.json without paths of this machine."""
+    content = {**content, "model": hub.repo}
+    reference = content.get("reference")
+    if isinstance(reference, str) and not _is_hub_id(reference):
+        content["reference"] = Path(reference).name
+    try:
+        return canonical_json(content).encode()
+    except ValueError as error:  # NaN, or half of a surrogate pair
+        raise InvalidInputError(f"{path}: has a value that JSON cannot hold ({first_line(error)})") from error
 
 
 def _is_metric(value: Any) -> bool:
@@ -230,21 +266,40 @@ def _check_model(path: Path, content: Mapping[str, Any], folder: Path, remedy: s
 
 
 def _check_remote(
-    hub: HubId, remote: RemoteModel, manifest: bytes, *, private: bool, overwrite: bool
+    hub: HubId, remote: RemoteModel, files: Mapping[str, Path | bytes], *, private: bool, overwrite: bool
 ) -> frozenset[str]:
-    """Refuse a repository that is public, or has other files than an earlier push wrote; return the latter."""
+    """Refuse a repository that is public, or has what an earlier push did not write; return the files of that push."""
     if private and not remote.private:
         raise InvalidInputError(f"{hub.repo}: exists and is public; pass --public (private=False), or another id")
     name, present = MANIFEST.as_posix(), remote.files - _OF_THE_HUB
-    earlier, is_same = frozenset[str](), False
-    if name in present:
-        with downloaded(hub, remote.commit, name) as folder:
-            earlier = frozenset(read_manifest(folder)) | {name}
-            is_same = (folder / name).read_bytes() == manifest
+    with downloaded(hub, remote.commit, remote.files & {name, CARD}) as folder:
+        listed = read_manifest(folder) if name in present else {}
+        is_same = name in present and (folder / name).read_bytes() == files[name]
+        has_other_card = CARD in remote.files and _is_written(folder / CARD, listed, files[CARD])
+    earlier = frozenset(listed) | ({name} & present)
     if others := sorted(present - earlier):
         raise InvalidInputError(f"{hub}: has files that s2q did not write ({others[0]}); take another id")
-    if present and remote.has_branch and not overwrite and not is_same:
-        raise InvalidInputError(
-            f"{hub}: has another checkpoint; pass --overwrite (overwrite=True) to replace it, or a new @branch"
-        )
+    if remote.has_branch and not overwrite:
+        if present and not is_same:
+            raise InvalidInputError(
+                f"{hub}: has another checkpoint; pass --overwrite (overwrite=True) to replace it, or a new @branch"
+            )
+        if has_other_card:
+            raise InvalidInputError(
+                f"{hub}: its {CARD} was written or edited there; pass --overwrite (overwrite=True) to replace it, or "
+                "a new @branch"
+            )
     return earlier & remote.files
+
+
+def _is_written(card: Path, listed: Mapping[str, Mapping[str, Any]], ours: Path | bytes) -> bool:
+    """Tell whether somebody wrote or edited the card of a repository: not s2q, nor the Hub.
+
+    The Hub itself makes a card of front matter only, with the licence chosen for a new repository.
+    """
+    content = card.read_bytes()
+    if content == ours:
+        return False
+    if CARD in listed:
+        return sha256_file(card) != listed[CARD]["sha256"]
+    return bool(split_card(content.decode(errors="replace"))[1].strip())

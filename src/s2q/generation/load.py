@@ -181,6 +181,12 @@ def is_checkpoint(source: ModelSource) -> bool:
     return (source.quantization or {}).get("quant_method") == checkpoint.QUANT_METHOD
 
 
+def require_checkpoint(source: ModelSource) -> None:
+    """Refuse a model that is not a checkpoint of s2q."""
+    if not is_checkpoint(source):
+        raise InvalidInputError(f"{source.given} is not an s2q checkpoint; quantize the model first, with s2q quantize")
+
+
 def models_that_fit(sources: Sequence[ModelSource], device: str) -> int | None:
     """Return how many times the weights of models fit into half of a device's memory; None if that is not known."""
     memory, weights = device_memory_bytes(device), sum(source.weight_bytes() for source in sources)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from s2q.common.errors import InvalidInputError, first_line
 
+MAIN = "main"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
@@ -22,6 +23,11 @@ class HubId:
 
     repo: str
     revision: str | None = None
+
+    @property
+    def branch(self) -> str:
+        """The revision as the branch to write."""
+        return self.revision or MAIN
 
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2q.common.errors import InvalidInputError, S2QError, first_line
-from s2q.models.hub import HubId
-
-MAIN = "main"
+from s2q.models.hub import MAIN, HubId
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ def remote_model(hub: HubId) -> RemoteModel | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    api, branch = HfApi(), hub.revision or MAIN
+    api = HfApi()
     with _hub_errors(hub):
         try:
-            info, has_branch = api.model_info(hub.repo, revision=branch), True
+            info, has_branch = api.model_info(hub.repo, revision=hub.branch), True
         except RepositoryNotFoundError:
             return None
         except RevisionNotFoundError:
@@ -62,13 +60,14 @@ def remote_model(hub: HubId) -> RemoteModel | None:
 
 
 @contextlib.contextmanager
-def downloaded(hub: HubId, commit: str, name: str) -> Iterator[Path]:
-    """Yield a temporary folder with one file of a commit."""
+def downloaded(hub: HubId, commit: str, names: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary folder with some files of a commit."""
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as folder:
         with _hub_errors(hub):
-            HfApi().hf_hub_download(hub.repo, name, revision=commit, local_dir=folder)
+            for name in names:
+                HfApi().hf_hub_download(hub.repo, name, revision=commit, local_dir=folder)
         yield Path(folder)
 
 
@@ -91,7 +90,7 @@ def write_model(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api, branch = HfApi(), hub.revision or MAIN
+    api = HfApi()
     additions = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
@@ -100,13 +99,13 @@ def write_model(
     with _hub_errors(hub):
         if remote is None:
             api.create_repo(hub.repo, private=private)
-        if branch != MAIN and (remote is None or not remote.has_branch):
-            api.create_branch(hub.repo, branch=branch, exist_ok=True)
+        if hub.branch != MAIN and (remote is None or not remote.has_branch):
+            api.create_branch(hub.repo, branch=hub.branch, exist_ok=True)
         written = api.create_commit(
             hub.repo,
             operations=[*deletions, *additions],
             commit_message=message,
-            revision=branch,
+            revision=hub.branch,
             parent_commit=remote.commit if remote is not None else None,
         )
     return written.oid
@@ -115,7 +114,7 @@ def write_model(
 @contextlib.contextmanager
 def _hub_errors(hub: HubId) -> Iterator[None]:
     """Raise errors of the Hub and of the network in one line that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
         yield
@@ -134,12 +133,8 @@ def _hub_errors(hub: HubId) -> Iterator[None]:
         raise _interrupted(hub, error) from error
     except ValueError as error:  # of the card, which the Hub validates before anything is sent
         raise InvalidInputError(f"{hub}: {first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # HTTPError: of the HTTP client, without an answer of the Hub
         raise _interrupted(hub, error) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0].startswith("http"):  # of the client of huggingface_hub
-            raise _interrupted(hub, error) from error
-        raise
 
 
 def _interrupted(hub: HubId, error: Exception) -> S2QError:
