@@ -66,11 +66,25 @@ def test_what_is_missing_is_listed_with_its_remedy(capsys, monkeypatch):
     assert run(["doctor", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(
-        line.startswith("missing: ray (not installed)") and line.endswith("pip install 's2q[ray]'") for line in lines
+        line.startswith("not installed (optional): ray, for --engine ray") and line.endswith("pip install 's2q[ray]'")
+        for line in lines
     )
+    assert any(line.startswith("missing: CUDA (PyTorch ") for line in lines)
+    assert "nothing is missing" not in lines
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert diagnosis.NEEDS["CUDA"].obstacle() == "PyTorch finds no GPU with CUDA_VISIBLE_DEVICES="
+
+
+def test_nothing_is_missing_where_all_is_installed_and_no_gpu_needs_triton(capsys, monkeypatch):
+    monkeypatch.setattr(fused, "compiled", lambda: (object(), None))
+    monkeypatch.setattr(diagnosis, "is_installed", lambda name: name != "triton")
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(["doctor", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing is missing"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert diagnosis.NEEDS["triton"].obstacle() == "not installed"
 
 
 def test_all_devices_are_tested_by_default(monkeypatch):

@@ -13,19 +13,16 @@ from typing import Any
 
 import torch
 
-from s2q.benchmark.machine import hardware
+from s2q.benchmark.machine import hardware, versions
 from s2q.benchmark.self_test import FAILED, PASSED, UNAVAILABLE, SelfTest, self_tests
 from s2q.common.devices import device_memory_bytes
 from s2q.common.errors import first_line
 from s2q.common.records import DIAGNOSIS_VERSION
-from s2q.common.versions import is_installed, package_versions
+from s2q.common.versions import WITH_KERNELS, is_installed
 from s2q.ops import fused
 from s2q.planning import device_products
 
-PACKAGES = (
-    *("s2q", "torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub"),
-    *("triton", "ray", "peft"),
-)
+PACKAGES = (*WITH_KERNELS, "accelerate", "safetensors", "huggingface_hub", "ray", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +34,14 @@ class Need:
         purpose: What uses it.
         without: What happens without it.
         remedy: What to do.
+        optional: Whether it is a package that many installations do without.
     """
 
     obstacle: Callable[[], str | None]
     purpose: str
     without: str
     remedy: str
+    optional: bool = False
 
 
 def _package(name: str) -> Callable[[], str | None]:
@@ -59,9 +58,18 @@ def _ffmpeg_obstacle() -> str | None:
     return None
 
 
+def _has_gpu() -> bool:
+    """Tell whether this machine has a GPU, or NVIDIA's driver for one."""
+    return torch.cuda.is_available() or shutil.which("nvidia-smi") is not None
+
+
+def _triton_obstacle() -> str | None:
+    return _package("triton")() if _has_gpu() else None
+
+
 def _gpu_obstacle() -> str | None:
     """Say why a GPU with a driver is not used; None if it is, or if there is none."""
-    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+    if torch.cuda.is_available() or not _has_gpu():
         return None
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is built for CPUs only"
@@ -77,7 +85,7 @@ NEEDS: dict[str, Need] = {
         remedy="install a CUDA build of PyTorch (https://pytorch.org/get-started)",
     ),
     "triton": Need(
-        obstacle=_package("triton"),
+        obstacle=_triton_obstacle,
         purpose="kernels on NVIDIA GPUs",
         without="quantized linears run in PyTorch there, slower than full precision",
         remedy="pip install 's2q[triton]'",
@@ -99,18 +107,21 @@ NEEDS: dict[str, Need] = {
         purpose="--engine ray: runs on several machines",
         without="runs use the processes of one machine",
         remedy="pip install 's2q[ray]'",
+        optional=True,
     ),
     "peft": Need(
         obstacle=_package("peft"),
         purpose="LoRA adapters: --lora, and load_lora_weights of pipelines",
         without="both are refused before any compute",
         remedy="pip install 's2q[lora]'",
+        optional=True,
     ),
     "ftfy": Need(
         obstacle=_package("ftfy"),
         purpose="prompts of diffusers' Wan pipelines",
         without="image-to-video pipelines of Wan fail",
         remedy="pip install ftfy",
+        optional=True,
     ),
 }
 
@@ -134,7 +145,7 @@ def diagnose(devices: Sequence[str]) -> dict[str, Any]:
     return {
         "schema_version": DIAGNOSIS_VERSION,
         "passed": all(test.status != FAILED for test in tests),
-        "versions": {**package_versions(PACKAGES), "cuda": torch.version.cuda},
+        "versions": versions(PACKAGES),
         "devices": [_described(device) for device in devices],
         "backends": _backends(tests),
         "needs": [
@@ -144,6 +155,7 @@ def diagnose(devices: Sequence[str]) -> dict[str, Any]:
                 "purpose": need.purpose,
                 "without": need.without,
                 "remedy": need.remedy,
+                "optional": need.optional,
             }
             for name, need in NEEDS.items()
         ],

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from s2q.common import processor
 from s2q.common.devices import default_dtype, peak_memory_bytes, reset_peak_memory, resident_bytes
-from s2q.common.versions import package_versions
+from s2q.common.versions import WITH_KERNELS, package_versions
 from s2q.ops import scratch
 from s2q.ops.dispatch import backend_obstacle, is_interpreting
 from s2q.ops.int_matmul import cpu
-
-PACKAGES = ("s2q", "torch", "triton", "diffusers", "transformers")
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -47,9 +45,9 @@ def hardware(device: str) -> dict[str, Any]:
     return described
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions that a time depends on; None for what is not installed."""
-    return {"cuda": torch.version.cuda, **package_versions(PACKAGES)}
+def versions(packages: tuple[str, ...] = WITH_KERNELS) -> dict[str, str | None]:
+    """Return the versions that a time depends on, or those of other packages; None for what is not installed."""
+    return {"cuda": torch.version.cuda, **package_versions(packages)}
 
 
 def measuring_obstacle(backend: str, device: str) -> str | None:

@@ -25,16 +25,13 @@ app = typer.Typer(
 )
 
 
-_PACKAGES = ("s2q", "torch", "diffusers", "transformers", "triton")
-
-
 def _show_versions(*, as_json: bool) -> None:
     """Write the versions that decide a result; nothing heavy is imported for them."""
     from s2q.cli.output import emit_json
     from s2q.common.records import VERSIONS_VERSION
-    from s2q.common.versions import package_versions
+    from s2q.common.versions import WITH_KERNELS, package_versions
 
-    versions = package_versions(_PACKAGES)
+    versions = package_versions(WITH_KERNELS)
     if as_json:
         emit_json({"schema_version": VERSIONS_VERSION, "versions": versions})
         return

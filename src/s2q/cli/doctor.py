@@ -60,12 +60,14 @@ def _show(diagnosis: Mapping[str, Any]) -> None:
     out.print(backends)
     missing = [need for need in diagnosis["needs"] if need["obstacle"] is not None]
     for need in missing:
+        optional = need["optional"]
+        head = f"{need['obstacle']} (optional): {need['name']}" if optional else f"missing: {need['name']}"
+        cause = "" if optional else f" ({need['obstacle']})"
         out.print(
-            f"missing: {need['name']} ({need['obstacle']}), for {need['purpose']}; without: {need['without']}; "
-            f"remedy: {need['remedy']}",
+            f"{head}{cause}, for {need['purpose']}; without: {need['without']}; remedy: {need['remedy']}",
             soft_wrap=True,
             highlight=False,
             markup=False,
         )
     if not missing:
-        out.print(f"nothing is missing: {', '.join(need['name'] for need in diagnosis['needs'])}", soft_wrap=True)
+        out.print("nothing is missing")

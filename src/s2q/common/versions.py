@@ -4,6 +4,7 @@ import platform
 from importlib import metadata
 
 _DECIDING = ("s2q", "torch", "diffusers", "transformers")
+WITH_KERNELS = (*_DECIDING, "triton")  # also what times depend on
 
 
 def package_versions(packages: tuple[str, ...] = _DECIDING) -> dict[str, str | None]:
