@@ -46,7 +46,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         if match["image"]:
             return f"![{match['text']}]({OUTSIDE}/{path})"
-        return match["text"] if f"`{path}`" in match["text"] else f"{match['text']} (`{path}`)"
+        return match["text"] if path in match["text"] else f"{match['text']} (`{path}`)"
 
     return _LINK.sub(replaced, markdown)
 

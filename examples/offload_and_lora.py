@@ -1,18 +1,19 @@
 """Run a checkpoint in a diffusers script, with offloading and a LoRA.
 
-    python examples/offload_and_lora.py CHECKPOINT [LORA.safetensors] [OUT.mp4]
+    python examples/offload_and_lora.py [CHECKPOINT] [LORA.safetensors] [OUT.mp4]
 
-The adapter runs beside the packed codes. It cannot be fused into them: to quantize a model with its LoRA, use
-`s2q quantize --lora`.
+Without CHECKPOINT, the embedded model is quantized first, in seconds. The adapter runs beside the packed codes. It
+cannot be fused into them: to quantize a model with its LoRA, use `s2q quantize --lora`.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
 
-import s2q  # noqa: F401  from_pretrained knows s2q checkpoints once it is imported
+import s2q  # from_pretrained knows s2q checkpoints once it is imported
 
 PROMPT = "a red circle moving left on a grey background"
 SETTINGS = {  # of the embedded model; published models need none of the sizes
@@ -24,7 +25,11 @@ SETTINGS = {  # of the embedded model; published models need none of the sizes
 }
 
 
-def main(checkpoint, lora=None, out="video.mp4", **settings):
+def main(checkpoint=None, lora=None, out="video.mp4", *, model="shapes-cogvideox", **settings):
+    if checkpoint is None:
+        checkpoint = Path(out).with_suffix("")
+        if not checkpoint.is_dir():
+            s2q.quantize(model, recipe="table-w4a8", out=checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(checkpoint)
     if lora is not None:

@@ -138,11 +138,12 @@ def test_own_prompts_calibrate(embedded_tiny, tmp_path, capsys):
     assert "velocity_relative_error: " in capsys.readouterr().out
 
 
-def test_offloading_and_a_lora(checkpoint_and_lora, tmp_path):
+def test_offloading_and_a_lora(checkpoint_and_lora, tiny_model, tmp_path):
     checkpoint, lora = checkpoint_and_lora
     script, size = example("offload_and_lora"), {"num_inference_steps": 2, "max_sequence_length": 96}
     adapted = script.main(checkpoint, lora, str(tmp_path / "video.mp4"), **size)
-    plain = script.main(checkpoint, out=str(tmp_path / "plain.mp4"), **size)
+    plain = script.main(out=str(tmp_path / "plain.mp4"), model=tiny_model, **size)
+    assert (tmp_path / "plain" / "model_index.json").is_file()
     assert len(adapted) == len(plain) == 9
     assert any(a.tobytes() != b.tobytes() for a, b in zip(adapted, plain, strict=True))
     assert (tmp_path / "video.mp4").stat().st_size > 0

@@ -61,6 +61,7 @@ def test_the_home_page_is_the_readme_with_links_of_the_site(site):
     home = (site / "index.html").read_text()
     assert 'href="choose.html"' in home
     assert "docs/choose" not in home
+    assert home.count("CITATION.cff") == 1
     shown = re.findall(r'<img[^>]*src="([^"]*)"', home + (site / "models.html").read_text())
     assert any(source.startswith("outside/") for source in shown)
     assert all((site / source).is_file() for source in shown)

@@ -65,10 +65,8 @@ def test_what_is_missing_is_listed_with_its_remedy(capsys, monkeypatch):
     assert needs["CUDA"].endswith("is built for CPUs only")
     assert run(["doctor", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(
-        line.startswith("not installed (optional): ray, for --engine ray") and line.endswith("pip install 's2q[ray]'")
-        for line in lines
-    )
+    (ray,) = [line for line in lines if line.startswith("not installed (optional): ray, for --engine ray")]
+    assert ray.endswith("pip install 's2q[ray]'")
     assert any(line.startswith("missing: CUDA (PyTorch ") for line in lines)
     assert "nothing is missing" not in lines
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -77,7 +75,7 @@ def test_what_is_missing_is_listed_with_its_remedy(capsys, monkeypatch):
 
 
 def test_nothing_is_missing_where_all_is_installed_and_no_gpu_needs_triton(capsys, monkeypatch):
-    monkeypatch.setattr(fused, "compiled", lambda: (object(), None))
+    monkeypatch.setattr(fused, "compiled", lambda: (None, None))
     monkeypatch.setattr(diagnosis, "is_installed", lambda name: name != "triton")
     monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
