@@ -113,6 +113,22 @@ def test_a_run_killed_in_the_second_transformer_resumes_with_the_same_bytes(pair
         assert weights(tmp_path / "out", component) == weights(quantized[0], component)
 
 
+@pytest.mark.parametrize("change", ["skip=['condition_embedder.*']", "attention.num_bits=8"])
+def test_a_resumed_run_collects_again_where_the_first_is_quantized_otherwise(
+    pair, folder, tmp_path, monkeypatch, change
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted(patch, "assemble")
+        quantize(folder, out=tmp_path / "out", workers=1, **options(pair, QUANTIZED))
+    reports = [
+        quantize(folder, out=tmp_path / name, workers=1, **options(pair, QUANTIZED, change))
+        for name in ("out", "fresh")
+    ]
+    assert any(block.resumed for block in reports[0].blocks)
+    assert not any(block.resumed for block in reports[1].blocks)
+    assert weights(tmp_path / "out", "transformer_2") == weights(tmp_path / "fresh", "transformer_2")
+
+
 def test_workers_give_the_same_bytes(pair, folder, quantized, tmp_path):
     quantize(folder, out=tmp_path / "out", workers=2, **options(pair, QUANTIZED))
     for component in ("transformer", "transformer_2"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.common.memory import page_out, tensors_of
 from s2q.core.tokens import TokenLayout
 from s2q.generation.offload import model_parts
-from s2q.models import Family, ModelSource, block_names, family_of, token_layout
+from s2q.models import OUTSIDE, Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
 from s2q.models.quantized import already_quantized, full_precision_origin, quantization_method
 from s2q.models.source import recommended_generation
@@ -71,6 +71,11 @@ class TeacherTransformer:
     def linears_of(self, block: int) -> tuple[LinearPlan, ...]:
         """Return the linears of a block by its index; `OUTSIDE` for those outside the blocks."""
         return tuple(linear for linear in self.linears if linear.block == block)
+
+    def described_without_blocks(self) -> dict[str, Any]:
+        """Describe what is quantized beside the linears of blocks, for fingerprints: outer linears and attention."""
+        outer = {linear.name: [linear.scheme.to_dict(), linear.path.to_dict()] for linear in self.linears_of(OUTSIDE)}
+        return {"outer": outer, "attention": list(self.attention)}
 
     def artefact_name(self, block: int) -> str:
         """Return the name of the artefact of a block by its index."""

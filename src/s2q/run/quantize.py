@@ -310,10 +310,15 @@ class _Run:
             "device": torch.device(self.settings.device).type,
             "versions": package_versions(),
         }
-        if finished.fingerprints:
-            described["quantized"] = list(finished.fingerprints.values())
-        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described, component=component)
         quantized = tuple(dict.fromkeys(place[0] for place in finished.fingerprints))
+        if quantized:
+            described["quantized"] = {
+                "blocks": list(finished.fingerprints.values()),
+                "others": [
+                    part.described_without_blocks() for part in teacher.transformers if part.component in quantized
+                ],
+            }
+        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described, component=component)
         pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs, offload, quantized))
         self.folder.log(
             "collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts), offload=offload
