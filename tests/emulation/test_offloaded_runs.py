@@ -126,6 +126,19 @@ def test_paged_blocks_are_there_in_any_order(order, device):
     assert on_gpu(blocks) == 0
 
 
+def test_all_stays_copy_on_one_stream(device, monkeypatch):
+    """PyTorch keeps what was freed for its stream: each further stream would hold blocks that nobody reads."""
+    streams, enter = [], torch.cuda.stream
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or enter(stream))
+    blocks = [torch.nn.Linear(4, 4) for _ in range(3)]
+    for _ in range(2):
+        with paged(blocks, device):
+            for block in blocks:
+                block(torch.zeros(1, 4, device=device))
+    assert len(streams) > len(blocks)
+    assert len({id(stream) for stream in streams}) == 1
+
+
 def test_a_block_that_fails_leaves_the_gpu(device):
     blocks = [torch.nn.Linear(4, 4) for _ in range(3)]
     with pytest.raises(RuntimeError), paged(blocks, device):

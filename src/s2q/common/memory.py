@@ -87,7 +87,7 @@ def outside(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
 def paged(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
     """Have blocks that are called in this order, again and again, on a device one at a time (group offload).
 
-    A block is copied there before it is called. A GPU copies the next one on a stream of its own meanwhile, so that it
+    A block is copied there before it is called. A GPU copies the next one on another stream meanwhile, so that it
     holds two at most; another order costs waiting, nothing else.
     """
     pager = _Pager(blocks, device)
@@ -108,8 +108,7 @@ class _Pager:
 
     def __init__(self, blocks: Sequence[nn.Module], device: str) -> None:
         self._blocks, self._device = blocks, device
-        is_gpu = torch.device(device).type == "cuda"
-        self._copies = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
+        self._copies = _copy_stream(device) if torch.device(device).type == "cuda" and blocks else None
         self._here: dict[int, ExitStack] = {}
         self._started: torch.cuda.Event | None = None
 
@@ -144,6 +143,17 @@ class _Pager:
             stack = self._here[index] = ExitStack()
             with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
                 stack.enter_context(on_device(self._blocks[index].modules(), self._device))
+
+
+def _copy_stream(device: str) -> torch.cuda.Stream:
+    index = torch.device(device).index
+    return _copy_stream_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _copy_stream_of(index: int) -> torch.cuda.Stream:
+    """The stream of copies to a GPU: always the same, since PyTorch keeps freed memory for its stream alone."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:
