@@ -122,7 +122,8 @@ def stage_peaks(
     collect = base + machine.added_bytes(held - forward) + forward
     block = blocks_bytes(recipe, shapes, cost, machine=machine, dtype=dtype)
     blocks = max(collect, base + machine.runtime_bytes + block + (cost.host_bytes if machine.is_host else 0))
-    stages = {name: collect if name in ("collect", "select") else blocks for name in names}
+    again = recipe.calibration.trajectory_2 == "quantized"  # samples of the second transformer come after blocks
+    stages = {name: collect if name in ("collect", "select") and not again else blocks for name in names}
     return StagePeaks(stages=stages, offload=offload)
 
 
@@ -148,19 +149,15 @@ def fitting_tokens(
     dtype: torch.dtype,
 ) -> int | None:
     """Return the most video tokens, of whole frames, that a run fits a device with; None if no two frames do."""
-    of_frame, others = workload.tokens // workload.frames, list((workload.components or {}).values())
+    of_frame = workload.tokens // workload.frames
 
     def fits(frames: int) -> bool:
         smaller = replace(workload, tokens=frames * of_frame, frames=frames)
         shapes = block_shapes(transformers, linears, smaller)
-        forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
-        offload = chosen_offload(machine, parts, others, forward=forward)
         cost = calibration_cost(shapes, recipe, workload=smaller, machine=machine, dtype=dtype)
-        needed = max(
-            collect_bytes(offload, parts, others, forward=forward),
-            blocks_bytes(recipe, shapes, cost, machine=machine, dtype=dtype),
-        )
-        return machine.memory_bytes is None or needed <= machine.memory_bytes
+        return stage_peaks(
+            recipe, shapes, cost, (), transformers=parts, workload=smaller, machine=machine, dtype=dtype
+        ).fit(machine)
 
     low, high = 1, workload.frames  # two frames or more fit from low on, if low is above 1; high do not
     while high - low > 1:
