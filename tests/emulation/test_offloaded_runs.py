@@ -85,6 +85,19 @@ def test_offload_changes_no_byte_and_is_within_the_plan(model, device, tmp_path)
     assert peaks["model"] < 0.9 * peaks["none"]
 
 
+def test_workers_that_share_a_gpu_plan_with_their_part_of_its_memory(device, monkeypatch):
+    folder, overrides = deep_folder("wan 2.2 a14b"), [*OVERRIDES, SHORT_TEXTS]
+    options = {"recipe": RECIPE, "overrides": overrides, "device": device}
+    needed = s2q.plan(folder, **options, offload="none").stages[0].peak_memory_bytes
+    monkeypatch.setattr("s2q.planning.cost.device_memory_bytes", lambda _device: int(1.5 * needed))
+    planned = {
+        workers: s2q.quantize(folder, **options, prompts=runs.PROMPTS, workers=workers, dry_run=True)
+        for workers in (1, 2)
+    }
+    assert planned[1].offload == "none"
+    assert planned[2].offload in ("model", "group")
+
+
 @pytest.mark.parametrize("way", ["model", "group"])
 @pytest.mark.parametrize("model", MODELS)
 def test_components_are_on_the_gpu_only_while_they_compute(model, way, device):

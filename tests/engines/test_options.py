@@ -56,6 +56,14 @@ def test_workers_take_devices_in_turn(gpus):
     assert parsed(workers=3, device="cuda:1").on_one_device(3) == 3
 
 
+def test_only_workers_that_outnumber_gpus_share_one(gpus):
+    assert parsed(workers=4, device="cuda").on_one_gpu == 2
+    assert parsed(workers=3, device="cuda:1").on_one_gpu == 3
+    assert parsed(device="cuda").on_one_gpu == parsed(workers=3, device="cuda").on_one_gpu == 1
+    assert parsed(workers=3).on_one_gpu == 1
+    assert Workers(devices=("cuda:1",), count=3, engine="ray").on_one_gpu == 1
+
+
 def test_one_worker_is_this_process():
     assert isinstance(Workers(count=1).open(1), InProcessEngine)
 

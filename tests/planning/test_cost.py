@@ -144,7 +144,7 @@ def test_too_little_memory_is_refused_with_what_it_takes():
 def test_workers_need_memory_each():
     planned = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(64 * 10**9, device="cpu"))
     check_memory(planned)
-    with pytest.raises(ResourceError, match=r"stage blocks in 8 workers needs about .*; take fewer \(--workers\)"):
+    with pytest.raises(ResourceError, match=r"stage collect in 8 workers needs about .*; take fewer \(--workers\)"):
         check_memory(planned, workers=8)
 
 

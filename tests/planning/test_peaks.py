@@ -38,6 +38,8 @@ def test_the_first_offload_that_fits_is_chosen(memory, expected):
     assert chosen_offload(machine(memory), TRANSFORMERS, OTHERS, forward=3) == expected
     assert chosen_offload(machine(memory, offload="model"), TRANSFORMERS, OTHERS, forward=3) == "model"
     assert chosen_offload(machine(memory, device="cpu"), TRANSFORMERS, OTHERS, forward=3) == "none"
+    shared = None if memory is None else 3 * memory
+    assert chosen_offload(machine(shared, sharing=3), TRANSFORMERS, OTHERS, forward=3) == expected
 
 
 def test_parts_of_a_pair_are_counted_by_tensor():

@@ -89,6 +89,11 @@ class Workers:
             return min(workers, max(1, workers_per_node(self.device)))
         return workers
 
+    @property
+    def on_one_gpu(self) -> int:
+        """How many workers share a GPU at most: by default none do, and Ray gives each its own."""
+        return 1 if self.is_cpu else self.on_one_device(self.count or 1)
+
     def on_one_device(self, workers: int) -> int:
         """Return how many of several workers share a device at most."""
         if self.engine == "ray":

@@ -137,6 +137,7 @@ class Machine:
         memory_budget: Host memory for activations of calibration.
         holds_weights: Whether this process has read the model's weights into memory of its own, where they stay.
         offload: How samples are generated there; "auto" takes the first way that fits, see `peaks.chosen_offload`.
+        sharing: Workers that generate samples on the device side by side, each with the pipeline.
     """
 
     device: str
@@ -144,6 +145,7 @@ class Machine:
     memory_budget: int
     holds_weights: bool = False
     offload: Offload | Literal["auto"] = "auto"
+    sharing: int = 1
 
     @property
     def process_bytes(self) -> int:
@@ -356,6 +358,7 @@ def this_machine(
     memory_bytes: int | None = None,
     memory_budget: int | None = None,
     offload: Offload | Literal["auto"] = "auto",
+    sharing: int = 1,
 ) -> Machine:
     """Describe the machine at hand, or one like it.
 
@@ -368,6 +371,7 @@ def this_machine(
         memory_bytes=device_memory_bytes(device) if memory_bytes is None else memory_bytes,
         memory_budget=min(DEFAULT_MEMORY_BUDGET, half) if memory_budget is None else memory_budget,
         offload=offload,
+        sharing=sharing,
     )
 
 

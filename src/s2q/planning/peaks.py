@@ -88,7 +88,8 @@ def chosen_offload(
     ways: tuple[Offload, ...] = get_args(Offload)
     if limit is None:
         return ways[0]
-    fitting = (way for way in ways if collect_bytes(way, transformers, others, forward=forward) <= limit)
+    room = limit // machine.sharing
+    fitting = (way for way in ways if collect_bytes(way, transformers, others, forward=forward) <= room)
     return next(fitting, ways[-1])
 
 

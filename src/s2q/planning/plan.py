@@ -438,10 +438,10 @@ def _stage(name: str, peak: int | None, work: Work | None, rates: Rates | None) 
 
 
 def check_memory(planned: Plan, *, workers: int = 1) -> None:
-    """Refuse a run that cannot fit: so many workers on one device quantize blocks, each with what the plan says."""
+    """Refuse a run that cannot fit: each of so many workers on one device takes what the plan says."""
     device, there = planned.device["name"], planned.device["memory_bytes"]
     for stage in planned.stages:
-        sharing = workers if stage.name == "blocks" else 1
+        sharing = workers if stage.name in ("collect", "allocate", "blocks") else 1
         needed = None if stage.peak_memory_bytes is None else sharing * stage.peak_memory_bytes
         if needed is not None and isinstance(there, int) and needed > there:
             side_by_side = f" in {sharing} workers" if sharing > 1 else ""

@@ -165,7 +165,12 @@ def _quantize(
 ) -> QuantizationReport | Plan:
     """Check everything that can be checked before weights are read, then plan or run."""
     source = source_of(model, settings)
-    machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget, offload=settings.offload)
+    machine = planning.this_machine(
+        settings.device,
+        memory_budget=settings.memory_budget,
+        offload=settings.offload,
+        sharing=settings.workers.on_one_gpu,
+    )
     planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
         if source is not None and settings.resume and not (dry_run or settings.overwrite):
