@@ -91,7 +91,7 @@ class Workers:
 
     @property
     def on_one_gpu(self) -> int:
-        """How many workers share a GPU at most: by default none do, and Ray gives each its own."""
+        """The most workers on one GPU: by default, and in Ray, each has another one."""
         return 1 if self.is_cpu else self.on_one_device(self.count or 1)
 
     def on_one_device(self, workers: int) -> int:
