@@ -43,6 +43,8 @@ def test_what_leaves_room_is_chosen(share, expected, monkeypatch):
     monkeypatch.setattr("s2q.generation.offload.device_memory_bytes", lambda _device: int(share * total))
     assert fitting_offload(pipe, "cuda") == expected
     assert fitting_offload(pipe, "cpu") == "none"
+    monkeypatch.setattr("s2q.generation.offload.device_memory_bytes", lambda _device: int(2 * share * total))
+    assert fitting_offload(pipe, "cuda", sharing=2) == expected
 
 
 def test_a_pipeline_that_is_offloaded_already_is_refused():

@@ -67,7 +67,7 @@ def evaluate_shards(
                 yield replace(shard, labels=labels)
 
     count = where.planned(len(shards), most=most)
-    work = functools.partial(evaluate_shard, folder, plan, disk_share=DISK_SHARE / count)
+    work = functools.partial(evaluate_shard, folder, plan, disk_share=DISK_SHARE / count, sharing=where.on_one_gpu)
     with (
         fixed_threads(where.device),
         contextlib.closing(where.open(count, modules=(__name__,), shared=folder.path)) as engine,
@@ -79,7 +79,13 @@ def evaluate_shards(
 
 
 def evaluate_shard(
-    folder: CompareFolder, plan: RunPlan, shard: Shard, worker: Worker, *, disk_share: float = DISK_SHARE
+    folder: CompareFolder,
+    plan: RunPlan,
+    shard: Shard,
+    worker: Worker,
+    *,
+    disk_share: float = DISK_SHARE,
+    sharing: int = 1,
 ) -> None:
     """Evaluate entries on the prompts of a shard; tell None after every step, and label and reason of a failure."""
     device, tell = worker.device, worker.tell
@@ -91,6 +97,7 @@ def evaluate_shard(
         variant=plan.variant,
         verify=plan.verify,
         offload=plan.offload,
+        sharing=sharing,
         lpips_weights=plan.judge("lpips"),
         clip=plan.judge("clip"),
     )

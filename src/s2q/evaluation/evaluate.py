@@ -166,6 +166,7 @@ def evaluate(
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
         device=where.device,
         offload=arguments.offload_name(offload, device=where.device),
+        sharing=where.on_one_gpu,
     )
     count = arguments.whole_number("sensitivity", sensitivity, least=0)
     seeds, texts = arguments.seed_numbers(seeds), optional(prompt_list, "prompts", prompts)
@@ -477,7 +478,14 @@ def _resolved(model: Any, settings: EvaluationSettings, *, needs_variant: bool =
 def _open(model: Any, settings: EvaluationSettings, *, dtype: torch.dtype | str | None) -> Any:
     if not isinstance(model, ModelSource):
         return model
-    return load_pipeline(model, dtype=dtype, device=settings.device, verify=settings.verify, offload=settings.offload)
+    return load_pipeline(
+        model,
+        dtype=dtype,
+        device=settings.device,
+        verify=settings.verify,
+        offload=settings.offload,
+        sharing=settings.sharing,
+    )
 
 
 def _report_videos(videos: list[Video], model: Any, video_done: VideoDone | None) -> list[Video]:

@@ -16,7 +16,8 @@ TRAJECTORY_BYTES = 4 * 2**30
 class EvaluationSettings:
     """Settings that hold for every model and prompt; `requested` are generation settings by name.
 
-    `recommended` are those that the judged model was calibrated with, `loras` adapters of the reference.
+    `recommended` are those that the judged model was calibrated with, `loras` adapters of the reference, `sharing` the
+    workers on one GPU.
     """
 
     metrics: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class EvaluationSettings:
     clip: Path | None = None
     trajectory_bytes: int = TRAJECTORY_BYTES
     offload: str = "auto"
+    sharing: int = 1
 
     def open_judges(self) -> Judges:
         """Read the weights of the learned judges onto the device."""

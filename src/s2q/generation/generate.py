@@ -130,6 +130,7 @@ def generate(
         backend=backend,
         attention_backend=attention_backend,
         offload=offload_name(offload, device=where.device),
+        sharing=where.on_one_gpu,
     )
     if isinstance(model, str | Path | ModelSource):
         source = resolve_model(model, variant=optional(word, "variant", variant))
@@ -200,6 +201,7 @@ class _BatchWork:
     backend: str
     attention_backend: str | None
     offload: str
+    sharing: int
 
     def __call__(self, batch: _Batch, worker: Worker) -> list[Video]:
         """Generate a batch, its prompts and seeds; tells None after each step."""
@@ -219,6 +221,7 @@ class _BatchWork:
             backend=self.backend,
             attention_backend=self.attention_backend,
             offload=self.offload,
+            sharing=self.sharing,
         )
 
 

@@ -51,6 +51,7 @@ def load_pipeline(
     backend: str = "auto",
     attention_backend: str | None = None,
     offload: str = "auto",
+    sharing: int = 1,
 ) -> DiffusionPipeline:
     """Load a pipeline.
 
@@ -69,6 +70,7 @@ def load_pipeline(
             leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
         offload: What a GPU has of the pipeline: "none" all, "model" one component at a time, "group" one block of a
             transformer or text encoder at a time, "auto" the first that leaves 30 % of its memory free.
+        sharing: Processes that load it on the same GPU; "auto" divides the memory among them.
 
     Returns:
         The pipeline, its progress bar switched off.
@@ -97,7 +99,7 @@ def load_pipeline(
         _check_leftover_manifest(source.folder, verify=verify)
         wanted = dtype or default_dtype(source.stored_dtype(), device)
         pipe = source.load_pipeline(dtype=wanted, device=where)
-    way = fitting_offload(pipe, device) if way == "auto" else way
+    way = fitting_offload(pipe, device, sharing=sharing) if way == "auto" else way
     if way == "none":
         pipe = pipe.to(device)
     else:

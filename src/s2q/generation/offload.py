@@ -49,11 +49,14 @@ def layers_of(encoder: nn.Module) -> list[nn.Module]:
     return [layer for name in outer for layer in encoder.get_submodule(name).children()]
 
 
-def fitting_offload(pipe: Any, device: str) -> Offload:
-    """Return the first way to have a pipeline on a device that leaves `_ROOM` of its memory to what is computed."""
+def fitting_offload(pipe: Any, device: str, *, sharing: int = 1) -> Offload:
+    """Return the first way to have a pipeline on a device that leaves `_ROOM` of its memory to what is computed.
+
+    As many processes as `sharing` says have one there, each with its part of the memory.
+    """
     memory = None if torch.device(device).type == "cpu" else device_memory_bytes(device)
     sizes = [sum(tensor.nbytes for tensor in tensors_of(part)) for part in model_parts(pipe).values()]
-    limit = None if memory is None else (1 - _ROOM) * memory
+    limit = None if memory is None else (1 - _ROOM) * memory / sharing
     if limit is None or sum(sizes) <= limit:
         return "none"
     return "model" if max(sizes) <= limit else "group"
