@@ -4,12 +4,15 @@
     python benchmarks/peers.py [-m shapes-cogvideox] [-p torchao-w4a8 ...] [--prompts 32] [--seeds 2]
 
 Records are as those of ``embedded_quality.py``, in ``results/peers/MODEL/NAME.json``; a peer whose file exists is
-skipped.
+skipped. ``--seconds`` only measures again, on a quiet machine, how long the peers with a record take to quantize.
 """
 
 import argparse
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from environment import environment
@@ -34,11 +37,20 @@ def main() -> None:
     parser.add_argument("-p", "--peer", action="append", help="of s2q.comparison.peers; default: every installed one")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seconds", action="store_true", help="measure the seconds of existing records again")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     folder, source = RESULTS / arguments.model, resolve_model(arguments.model)
-    wanted = [peer for peer in find_peers(arguments.peer or [ALL_PEERS]) if not (folder / f"{peer.name}.json").exists()]
+    peers = {folder / f"{peer.name}.json": peer for peer in find_peers(arguments.peer or [ALL_PEERS])}
+    if arguments.seconds:
+        for path, peer in peers.items():
+            if path.exists():
+                record = json.loads(path.read_text()) | {"quantize_seconds": _seconds(cost_of_peer(peer, source))}
+                write_record(path, record)
+                logger.info("%s %s: %g s", arguments.model, peer.label, record["quantize_seconds"])
+        return
+    wanted = [peer for path, peer in peers.items() if not path.exists()]
     if not wanted:
         return
     settings = EvaluationSettings(dtype="float32")
@@ -50,11 +62,15 @@ def main() -> None:
         result = summarise(judge_model(source, reference, pipe=pipe))
         result["videos"] = rounded_metrics(result["videos"])
         described = {"model": peer.label, "width": peer.width, "does": peer.does, "storage": cost["storage"]}
-        record = result | described | {"quantize_seconds": round(cost["seconds"], 2)} | environment()
+        record = result | described | {"quantize_seconds": _seconds(cost)} | environment()
         record["versions"] |= package_versions((peer.package,))
         write_record(folder / f"{peer.name}.json", record)
         error = result["metrics"]["velocity_relative_error"]["mean"]
         logger.info("%s %s: velocity error %.2e in %.1f s", arguments.model, peer.label, error, cost["seconds"])
+
+
+def _seconds(cost: Mapping[str, Any]) -> float:
+    return round(cost["seconds"], 2)
 
 
 if __name__ == "__main__":
