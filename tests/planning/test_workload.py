@@ -33,7 +33,7 @@ def test_the_tokens_of_a_pipeline_and_of_one_derived_from_it(own):
     pipe = tiny_pipeline("cogvideox")
     pipe = OwnPipeline(**pipe.components) if own else pipe
     expected = Workload(tokens=3 * 1 * 1, frames=3, text_tokens=16, branches=2, rows=2, components={})
-    assert replace(workload(pipe), generation={}) == expected
+    assert replace(workload(pipe), generation={}, called={}) == expected
 
 
 def test_branches_that_are_called_one_by_one():

@@ -1,11 +1,16 @@
 """The second transformer of a pair, calibrated on videos that the quantized first one began."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from s2q.calibration import candidates
+from s2q.calibration.teacher import load_teacher
 from s2q.checkpoint import load_pipeline
 from s2q.common.errors import InvalidInputError
+from s2q.common.fingerprint import fingerprint
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
 from s2q.generation.settings import GenerationSettings
@@ -127,6 +132,39 @@ def test_a_resumed_run_collects_again_where_the_first_is_quantized_otherwise(
     assert any(block.resumed for block in reports[0].blocks)
     assert not any(block.resumed for block in reports[1].blocks)
     assert weights(tmp_path / "out", "transformer_2") == weights(tmp_path / "fresh", "transformer_2")
+
+
+def test_the_weights_are_hashed_once(pair, folder, tmp_path, monkeypatch):
+    passes = []
+
+    def hashed(teacher):
+        passes.append(teacher)
+        return parts_to_hash(teacher)
+
+    parts_to_hash = candidates._parts_to_hash
+    monkeypatch.setattr(candidates, "_parts_to_hash", hashed)
+    interrupted(monkeypatch, "assemble")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, out=tmp_path / "out", workers=1, **options(pair, QUANTIZED))
+    assert list((tmp_path / ".out.s2q-run").glob("transformer_2.candidates-000*")), "both rounds have collected"
+    assert len(passes) == 1
+
+
+def test_what_is_collected_is_known_by_model_and_content():
+    """The fingerprint of runs without rounds, on which resumed runs depend, is that of content and weights."""
+    pipe = tiny_pipeline("wan")
+    recipe = load_recipe("s2q-w4a6", overrides=options(pipe)["overrides"])
+    teacher = load_teacher(pipe, recipe, dtype=None)
+    config = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
+    described = {
+        "version": candidates._VERSION,
+        "switches": {key: value for key, value in config.items() if key not in pipe.components},
+        "configs": [dict(pipe.scheduler.config)],
+        "device": "cpu",
+    }
+    inputs = candidates.prepare(teacher, PROMPTS, recipe.calibration, seed=0, inputs={"device": "cpu"})
+    expected = fingerprint(json.loads(json.dumps(described, default=str)), [pipe.text_encoder, pipe.transformer])
+    assert inputs.fingerprint == expected
 
 
 def test_workers_give_the_same_bytes(pair, folder, quantized, tmp_path):

@@ -9,7 +9,10 @@ from s2q.common.errors import InvalidInputError
 from s2q.generation.settings import resolve_settings
 from s2q.models import resolve_model
 from s2q.planning import plan_model, this_machine
+from s2q.planning.cost import block_shapes
+from s2q.planning.flop import forward_work
 from s2q.recipes.load import load_recipe
+from s2q.run import quantize as runner
 from s2q.run import time_estimate as measure
 from s2q.run.time_estimate import BlockSeconds, measured
 from tiny import tiny_pipeline, video_size
@@ -73,6 +76,52 @@ def test_both_of_two_transformers_get_samples(tmp_path):
     machine = this_machine("cpu")
     result = measured(plan_model(source, validated, machine=machine), source, validated, machine=machine)
     assert [stage.seconds is None for stage in result.stages] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("selection", ["sds", "rtfp"])
+@pytest.mark.parametrize("trajectory", ["full_precision", "quantized"])
+def test_the_plan_the_measurement_and_the_run_count_the_same_steps(tmp_path, monkeypatch, selection, trajectory):
+    """The first transformer does not take half of the eight steps."""
+    pipe = tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.85)
+    pipe.save_pretrained(tmp_path / "model")
+    size = [f"calibration.{name}={value}" for name, value in (*video_size(pipe).items(), ("max_sequence_length", 16))]
+    overrides = ["calibration.steps=8", "calibration.n_prompts=3", "calibration.samples=2", *size]
+    overrides += [f"calibration.selection={selection}", f"calibration.trajectory_2={trajectory}"]
+    recipe, source = load_recipe("quarot-w4a4", overrides=overrides), resolve_model(tmp_path / "model")
+    teacher = load_teacher(source, recipe, dtype=None)
+    assert (first := teacher.workload.called["transformer"]) != 4
+    assert teacher.workload.called == {"transformer": first, "transformer_2": 8 - first}
+
+    collected, original = [], runner.record_prompts
+
+    def record_prompts(engine, source, inputs, folder, **arguments):
+        collected.extend(steps for steps in inputs.steps if steps)
+        original(engine, source, inputs, folder, **arguments)
+
+    monkeypatch.setattr(runner, "record_prompts", record_prompts)
+    runner.quantize(
+        tmp_path / "model", recipe=recipe, prompts=["red", "blue", "green"], out=tmp_path / "out", workers=1
+    )
+    if selection == "sds":
+        assert sum(collected) == 3 * (8 + (first if trajectory == "quantized" else 0))
+
+    machine = this_machine("cpu")
+    planned = plan_model(source, recipe, machine=machine)
+    shapes = block_shapes(source.meta_transformers(), teacher.linears, teacher.workload)
+    step = sum(forward_work(shape, teacher.dtype).flop for shape in shapes) * teacher.workload.branches / 2
+    assert planned.stages[0].flop == pytest.approx(step * sum(collected))
+
+    clock, record_prompt = [0.0], measure.record_prompt
+
+    def timed(teacher, inputs, folder, prompt, *, step_done):
+        record_prompt(teacher, inputs, folder, prompt, step_done=step_done)
+        clock[0] += 100 + inputs.steps[prompt]
+
+    monkeypatch.setattr(measure, "record_prompt", timed)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "_blocks", lambda *args, **arguments: 0.0)
+    seconds = measured(planned, source, recipe, machine=machine).stages[0].seconds
+    assert seconds == pytest.approx(100 * len(collected) + sum(collected))
 
 
 @pytest.mark.parametrize(("boundary", "expected"), [(None, (1, 5)), (0.7, (3, 12))])

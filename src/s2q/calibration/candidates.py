@@ -8,14 +8,14 @@ stored under its fingerprint, so that a killed run does not generate again.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from s2q.calibration.artefacts import to_artefact
 from s2q.calibration.teacher import Teacher
-from s2q.common.components import TRANSFORMERS, full_name, transformers_of
+from s2q.common.components import full_name, transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.fingerprint import fingerprint
 from s2q.common.progress import Tick
@@ -29,7 +29,7 @@ from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
 from s2q.planning.workload import calibration_settings
-from s2q.selection.known import known_samples, recorded_steps
+from s2q.selection.known import known_samples, recorded_by_round
 from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
 from s2q.shapes import embedded
@@ -102,7 +102,7 @@ def prepare(
     """Check prompts and numbers against the model, before anything is generated.
 
     Args:
-        component: The transformer to collect for, where each has trajectories of its own; None is all together.
+        component: The first transformer, where each has trajectories of its own (`prepare_next`); None is all together.
     """
     check_supported(teacher.pipe)
     settings = calibration_settings(teacher.pipe, group, recommended=recommended_generation(teacher.folder))
@@ -116,23 +116,45 @@ def prepare(
         **inputs,
     }
     digest = fingerprint(json.loads(json.dumps(described, default=str)), _parts_to_hash(teacher))
-    number, prefix = settings.num_inference_steps, CalibrationInputs.prefix
-    chosen = chosen_steps(teacher, group, settings, prompts=len(prompts), seed=seed)
-    components = tuple(transformer.component for transformer in teacher.transformers)
-    if component is not None:
-        if component == TRANSFORMERS[0]:
-            number = steps_of_transformers(teacher.pipe, settings)[component]  # the second is not called yet
-        prefix, components = full_name(component, prefix), (component,)
-        chosen = None if chosen is None else {component: chosen[component]}
-    return CalibrationInputs(
+    inputs_of_all = CalibrationInputs(
         prompts=tuple(prompts),
         settings=settings,
         fingerprint=digest,
         seed=seed,
-        steps=recorded_steps(chosen, prompts=len(prompts), steps=number),
-        components=components,
-        chosen=chosen,
-        prefix=prefix,
+        steps=(),
+        components=tuple(transformer.component for transformer in teacher.transformers),
+    )
+    return _of_round(inputs_of_all, teacher, group, component=component)
+
+
+def prepare_next(
+    before: CalibrationInputs, teacher: Teacher, group: Calibration, *, component: str, quantized: Mapping[str, Any]
+) -> CalibrationInputs:
+    """Return the inputs of a further transformer, which is called after those before it are quantized.
+
+    The fingerprint follows from that of the round before and what describes the quantized transformers: the weights are
+    not hashed again.
+    """
+    following = replace(before, fingerprint=fingerprint([before.fingerprint, quantized]))
+    return _of_round(following, teacher, group, component=component)
+
+
+def _of_round(
+    inputs: CalibrationInputs, teacher: Teacher, group: Calibration, *, component: str | None
+) -> CalibrationInputs:
+    """Complete inputs by what one transformer, or all together (None), is recorded for."""
+    count = len(inputs.prompts)
+    chosen = chosen_steps(teacher, group, inputs.settings, prompts=count, seed=inputs.seed)
+    called = steps_of_transformers(teacher.pipe, inputs.settings)
+    steps = recorded_by_round(chosen, called, prompts=count, apart=component is not None)[component]
+    if component is None:
+        return replace(inputs, steps=steps, chosen=chosen)
+    return replace(
+        inputs,
+        steps=steps,
+        components=(component,),
+        chosen=None if chosen is None else {component: chosen[component]},
+        prefix=full_name(component, CalibrationInputs.prefix),
     )
 
 

@@ -108,6 +108,7 @@ class Workload:
         rows: Samples in one call of the transformer: all branches, or one.
         steps: Denoising steps of a video.
         components: The pipeline's components besides transformers, which generate the samples too; None if unknown.
+        called: The part of them that each transformer takes, by component; empty where that is unknown.
         generation: How the videos are generated, for people: `GenerationSettings` by name, scheduler and shift.
     """
 
@@ -120,12 +121,20 @@ class Workload:
     steps: int = 50
     audio_tokens: int = 0
     image_tokens: int = 0
+    called: Mapping[str, int] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def conditioning_tokens(self) -> int:
         """Tokens of text and image."""
         return self.text_tokens + self.image_tokens
+
+    def calls_of(self, components: Sequence[str]) -> Mapping[str, int]:
+        """Return the denoising steps of each transformer, in the order of their calls; equal parts if unknown."""
+        if self.called:
+            return self.called
+        ends = [self.steps * index // len(components) for index in range(len(components) + 1)]
+        return {name: end - start for name, start, end in zip(components, ends, ends[1:], strict=False)}
 
 
 @dataclass(frozen=True, kw_only=True)

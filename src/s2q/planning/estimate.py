@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from s2q.common.components import split_name
 from s2q.distillation.options import evaluations
 from s2q.planning.cost import BlockShape, CalibrationCost, Workload
 from s2q.planning.flop import Work, block_work, collecting_work, folding_work, forward_work, reaching_work
@@ -42,7 +43,7 @@ def stage_work(
     *,
     workload: Workload | None,
     dtype: torch.dtype,
-    transformers: int,
+    transformers: Sequence[str],
     chained: bool,
     paged_bytes: int = 0,
 ) -> dict[str, Work]:
@@ -51,7 +52,7 @@ def stage_work(
     Args:
         shapes: Of all blocks; empty for recipes without calibration.
         dtype: Compute dtype of the model.
-        transformers: How many the pipeline has.
+        transformers: Components of the pipeline's transformers.
         chained: Whether each block is called with what the one before returned.
         paged_bytes: Weights that each call of a transformer copies to the device (group offload).
     """
@@ -75,7 +76,13 @@ def stage_work(
     reached = reaching_work(shapes, dtype, samples=cost.samples, chained=chained, paged_bytes=paged_bytes)
     stages = {
         "collect": collecting_work(
-            shapes, recipe, workload=workload, dtype=dtype, transformers=transformers, paged_bytes=paged_bytes
+            shapes,
+            recipe,
+            workload=workload,
+            dtype=dtype,
+            transformers=transformers,
+            quantized={split_name(linear.name)[0] for linear in linears},
+            paged_bytes=paged_bytes,
         ),
         "select": Work(),
         "blocks": sum((counted[shape] for shape in shapes), start=reached),

@@ -10,14 +10,14 @@ Not counted: text encoder, autoencoder, reading and writing of files.
 Legend: `I/O` in/out features, `S` samples, `E` epochs, `r` rank, `n1`, `n2` orders of a rotation's factors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from s2q.planning.cost import BlockShape, Figures, Workload
 from s2q.recipes.schema import Recipe
-from s2q.selection.known import known_samples, recorded_steps
+from s2q.selection.known import known_samples, recorded_by_round
 
 _FP32 = 4
 _BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
@@ -199,19 +199,22 @@ def collecting_work(
     *,
     workload: Workload,
     dtype: torch.dtype,
-    transformers: int,
+    transformers: Sequence[str],
+    quantized: Collection[str],
     paged_bytes: int = 0,
 ) -> Work:
     """Count the generation of candidates: each denoising step calls one of the transformers, for each branch or once.
 
-    A call copies `paged_bytes` to the device.
+    Samples are of the quantized ones. A call copies `paged_bytes` to the device.
     """
-    once = sum((forward_work(shape, dtype) for shape in shapes), start=Work()) * (workload.branches / transformers)
+    once = sum((forward_work(shape, dtype) for shape in shapes), start=Work()) * (workload.branches / len(transformers))
     once += Work(transfer=paged_bytes * workload.branches / workload.rows)
-    prompts, steps = recipe.calibration.n_prompts, workload.steps
-    chosen = known_samples(recipe.calibration, {"": steps}, prompts=prompts, seed=0)
-    first = 1 / 2 if recipe.calibration.trajectory_2 == "quantized" else 0  # whose steps run twice
-    return once * ((1 + first) * sum(recorded_steps(chosen, prompts=prompts, steps=steps)))
+    prompts, called = recipe.calibration.n_prompts, workload.calls_of(transformers)
+    known = known_samples(recipe.calibration, called, prompts=prompts, seed=0)
+    chosen = None if known is None else {name: known[name] for name in called if name in quantized}
+    apart = recipe.calibration.trajectory_2 == "quantized" and len(quantized) > 1
+    rounds = recorded_by_round(chosen, called, prompts=prompts, apart=apart)
+    return once * sum(map(sum, rounds.values()))
 
 
 def folding_work(weights: int, *, orders: int) -> Work:

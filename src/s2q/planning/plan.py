@@ -329,7 +329,7 @@ def plan_transformers(
         cost,
         workload=workload,
         dtype=compute_dtype,
-        transformers=len(transformers),
+        transformers=tuple(transformers),
         chained=all(family_of(transformer).chained for transformer in transformers.values()),
         paged_bytes=sum(part.whole for part in parts) // len(parts) if peaks.offload == "group" else 0,
     )

@@ -27,6 +27,7 @@ from s2q.generation.settings import (
     video_tokens,
     within_tokens,
 )
+from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel
@@ -61,6 +62,7 @@ def workload_of(
     with exclusive(pipe):
         settings = calibration_settings(pipe, group, recommended=recommended)
         scheduler = described(scheduler_of(pipe, settings))
+        called = steps_of_transformers(pipe, settings)
     branches = branches_of(pipe, settings)
     return Workload(
         tokens=video_tokens(pipe, settings),
@@ -72,6 +74,7 @@ def workload_of(
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         components=components,
         steps=settings.num_inference_steps,
+        called=called,
         generation=settings.to_dict() | scheduler,
     )
 

@@ -26,6 +26,7 @@ from s2q.calibration.candidates import (
     branches_of,
     calibration_prompts,
     prepare,
+    prepare_next,
     score_candidates,
 )
 from s2q.calibration.teacher import Teacher, load_teacher
@@ -259,7 +260,13 @@ class _Run:
             selected = None
             if recipe.calibrates:
                 selected = self._calibration(
-                    teacher, recipe, prompts, component=component, finished=finished, offload=planned.offload or "none"
+                    teacher,
+                    recipe,
+                    prompts,
+                    component=component,
+                    before=None if selection is None else selection.inputs,
+                    finished=finished,
+                    offload=planned.offload or "none",
                 )
                 files |= selected.files
                 selection = selected if selection is None else selection.with_samples(selected)
@@ -304,6 +311,7 @@ class _Run:
         prompts: Sequence[str] | None,
         *,
         component: str | None,
+        before: CalibrationInputs | None,
         finished: _Finished,
         offload: Offload,
     ) -> CalibrationSets:
@@ -311,19 +319,14 @@ class _Run:
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
         if prompts is not None and len(prompts) > len(used):
             logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
-        described: dict[str, Any] = {
-            "device": torch.device(self.settings.device).type,
-            "versions": package_versions(),
-        }
         quantized = tuple(dict.fromkeys(place[0] for place in finished.fingerprints))
-        if quantized:
-            described["quantized"] = {
-                "blocks": list(finished.fingerprints.values()),
-                "others": [
-                    part.described_without_blocks() for part in teacher.transformers if part.component in quantized
-                ],
-            }
-        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described, component=component)
+        if before is None or component is None:
+            described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
+            inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described, component=component)
+        else:
+            others = [part.described_without_blocks() for part in teacher.transformers if part.component in quantized]
+            known = {"blocks": list(finished.fingerprints.values()), "others": others}
+            inputs = prepare_next(before, teacher, group, component=component, quantized=known)
         pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs, offload, quantized))
         self.folder.log(
             "collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts), offload=offload

@@ -38,8 +38,9 @@ from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import block_errors
+from s2q.run.plan import rounds_of
 from s2q.run.runner import BlockJob, BlockRunner
-from s2q.selection.known import recorded_steps
+from s2q.selection.known import recorded_by_round
 from s2q.selection.scores import CandidatePool
 
 _CALLS = (1, 5)
@@ -115,7 +116,9 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
         taken.append(time.perf_counter() - started)
     step = max(0.0, (taken[2] - taken[1]) / (long - short))
     chosen = chosen_steps(teacher, group, settings, prompts=len(wanted), seed=0)
-    recorded = recorded_steps(chosen, prompts=len(wanted), steps=number)
+    called, apart = steps_of_transformers(teacher.pipe, settings), len(rounds_of(teacher, recipe)) > 1
+    rounds = recorded_by_round(chosen, called, prompts=len(wanted), apart=apart)
+    recorded = [steps for prompts_of_round in rounds.values() for steps in prompts_of_round]
     videos = max(0.0, taken[1] - step * short) * sum(map(bool, recorded)) + step * sum(recorded)
     branches = branches_of(runner.folder, inputs)
     slices = {

@@ -46,3 +46,24 @@ def recorded_steps(chosen: Places | None, *, prompts: int, steps: int) -> tuple[
     recorded = [max((step + 1 for place, step in taken if place == prompt), default=0) for prompt in range(prompts)]
     recorded[recorded.index(max(recorded))] = steps
     return tuple(recorded)
+
+
+def recorded_by_round(
+    chosen: Places | None, called: Mapping[str, int], *, prompts: int, apart: bool
+) -> dict[str | None, tuple[int, ...]]:
+    """Return the recorded steps of each prompt in each round of a run, by transformer; None is all together.
+
+    Args:
+        called: Steps of each transformer, in the order in which they are called.
+        apart: Whether each transformer has a round: the first is not generated past its steps, and the second's
+            samples take the first's steps once more.
+    """
+    if not apart:
+        return {None: recorded_steps(chosen, prompts=prompts, steps=sum(called.values()))}
+    rounds: dict[str | None, tuple[int, ...]] = {}
+    end = 0
+    for name, steps in called.items():
+        end += steps
+        places = None if chosen is None else {name: chosen[name]}
+        rounds[name] = recorded_steps(places, prompts=prompts, steps=end)
+    return rounds
