@@ -6,6 +6,7 @@ from pathlib import Path
 from markdown_tables import interval, table_head, table_row
 
 from s2q.evaluation.intervals import clustered_mean
+from s2q.evaluation.paired import paired_differences
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = ("rtn-w4a6", "s2q-w4a6", "s2q-plus-w4a6")
@@ -23,24 +24,37 @@ LORA_COLUMNS = {
     "effect_ratio": (".3f", 1.0),
     "effect_error": ("#.3g", 100.0),
 }
-
-
 PAIR_COLUMNS = {"velocity_relative_error": ("#.3g", 100.0), "psnr_frame_mean_db": (".1f", 1.0)}
+PAIRED_FORMS = {"velocity_relative_error": ".3f", "psnr_frame_mean_db": "+.2f"}
 WAYS = {"full_precision": "full precision (default)", "quantized": "the quantized first transformer"}
 
 
 def pairs_table(_: str) -> str:
-    """Pairs by the model that generated the samples of the second transformer."""
+    """Pairs by the model that generated the samples of the second transformer, and their paired difference."""
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "pairs").glob("*.json"))]
+    runs: dict[tuple[str, int], dict[str, dict]] = {}
+    for record in records:
+        runs.setdefault((record["recipe"], record["seed"]), {})[record["trajectory_2"]] = record
     lines = table_head("recipe, seed, samples of the second by", ["velocity error, %", "PSNR dB"])
-    for path in sorted((RESULTS / "pairs").glob("*.json")):
-        record = json.loads(path.read_text())
-        cells = []
-        for name, (form, scale) in PAIR_COLUMNS.items():
-            values = {video["prompt"]: [video["metrics"][name]] for video in record["videos"]}
-            cells.append(interval(vars(clustered_mean(values)), form, scale=scale))
-        lines.append(table_row(f"`{record['recipe']}`, {record['seed']}, {WAYS[record['trajectory_2']]}", cells))
-    note = f"{len(record['videos'])} held-out prompts, float32, `boundary_ratio` {record['boundary_ratio']}."
-    return "\n".join([*lines, "", f"{note} Made by `{record['command']}`."])
+    for (recipe, seed), ways in runs.items():
+        for way in (name for name in WAYS if name in ways):
+            cells = []
+            for name, (form, scale) in PAIR_COLUMNS.items():
+                values = {video["prompt"]: [video["metrics"][name]] for video in ways[way]["videos"]}
+                cells.append(interval(vars(clustered_mean(values)), form, scale=scale))
+            lines.append(table_row(f"`{recipe}`, {seed}, {WAYS[way]}", cells))
+        if len(ways) == len(WAYS):
+            differences = paired_differences(ways["quantized"]["videos"], ways["full_precision"]["videos"])
+            cells = []
+            for name, form in PAIRED_FORMS.items():
+                estimate = vars(differences[name])
+                cells.append(interval({**estimate, "mean": estimate["estimate"]}, form))
+            lines.append(table_row(f"`{recipe}`, {seed}, quantized against default, paired", cells))
+    counts = " and ".join(map(str, sorted({len(record["videos"]) for record in records})))
+    boundaries = " and ".join(map(str, sorted({record["boundary_ratio"] for record in records})))
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(record["command"] for record in records))
+    note = f"{counts} held-out prompts, float32, `boundary_ratio` {boundaries}. Made by {commands}."
+    return "\n".join([*lines, "", f"Paired by prompt: ratio of velocity errors, difference of PSNR. {note}"])
 
 
 def lengths_table(model: str) -> str:

@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline
 import s2q
 from emulation import runs
 from s2q.common.memory import paged
+from s2q.evaluation import evaluate as evaluation
+from s2q.evaluation import parallel
 from s2q.generation.offload import layers_of, leaving_device, pages_of, pipeline_on_device
 from tiny import tiny_pipeline, video_size
 
@@ -186,6 +188,28 @@ def test_generate_and_evaluate_on_a_small_gpu(way, device, tmp_path):
         for name in ("none", way)
     ]
     assert scores[0] == scores[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("way", "on_host", "loads"), [("none", 1, 4), ("model", 1, 2), ("group", 1, 2), ("group", 0, 4)]
+)
+def test_offloaded_models_are_loaded_once_for_all_shards(way, on_host, loads, device, monkeypatch):
+    """On a GPU without room for both; what stays loaded is not on it."""
+    loaded, load = [], evaluation._open
+
+    def opened(model, settings, *, dtype):
+        loaded.append((model, torch.cuda.memory_allocated(device)))
+        return load(model, settings, dtype=dtype)
+
+    monkeypatch.setattr(evaluation, "_open", opened)
+    monkeypatch.setattr(parallel, "models_that_fit", lambda _sources, name: on_host if name == "cpu" else 0)
+    checkpoint, reference = runs.on_cpu("wan 2.2 a14b", "rtn-w4a6").folder, runs.model_folder("wan 2.2 a14b")
+    size = video_size(tiny_pipeline("wan 2.2 a14b")) | {"num_inference_steps": 2, "max_sequence_length": 16}
+    options = {"prompts": ["red", "blue", "green"], "seeds": [0], "metrics": ["velocity_relative_error"], **size}
+    before = torch.cuda.memory_allocated(device)
+    s2q.evaluate(checkpoint, reference=reference, device=device, offload=way, workers=1, **options)
+    assert len(loaded) == loads
+    assert max(allocated for _, allocated in loaded) <= before + 2**12
 
 
 def test_kinds_of_linears_are_measured_alone_on_a_small_gpu(device):

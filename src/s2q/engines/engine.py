@@ -52,6 +52,14 @@ class Worker:
         value: _T = self._kept[name]
         return value
 
+    def kept(self, name: str) -> Any:
+        """Return what is kept under a name; None if nothing is."""
+        return self._kept.get(name)
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a value under a name."""
+        self._kept[name] = value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:

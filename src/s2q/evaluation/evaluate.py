@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from s2q.engines.engine import Worker, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.evaluation import velocity
 from s2q.evaluation.judges.learned import Judges, open_judges
-from s2q.evaluation.parallel import MeasuredShard, Shard, measure_shards, shards_of
+from s2q.evaluation.parallel import MeasuredShard, Room, Shard, measure_shards, shards_of
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
 from s2q.evaluation.sensitivity import check_measurable, kind_errors, linears_by_kind
@@ -252,15 +253,15 @@ def _evaluate_shards(
 ) -> EvaluationResult:
     """Evaluate models by name, in as many workers as the memory has room for unless the user has said how many."""
     open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
-    shards, room = shards_of(prompts), models_that_fit((model, reference), where.device)
-    count = where.planned(len(shards), most=max(1, room) if where.is_cpu and room is not None else None)
+    shards, most = shards_of(prompts), models_that_fit((model, reference), where.device)
+    count = where.planned(len(shards), most=max(1, most) if where.is_cpu and most is not None else None)
     work = _ShardWork(
         model=model,
         reference=reference,
         seeds=seeds,
         settings=settings,
         workers=count,
-        keeps=room is not None and room >= where.on_one_device(count),
+        room=Room.of((model, reference), where, count),
         wants_videos=video_done is not None,
     )
     with fixed_threads(where.device), closing(where.open(count, modules=(__name__,))) as engine:
@@ -417,7 +418,7 @@ class _ShardWork:
 
     Attributes:
         workers: Number of workers that share the disk.
-        keeps: Whether both models stay loaded from shard to shard; else only one is loaded at a time.
+        room: For both models to stay from shard to shard; without it, only one is loaded at a time.
         wants_videos: Whether videos are returned, with the labels of their models.
     """
 
@@ -426,7 +427,7 @@ class _ShardWork:
     seeds: tuple[int, ...]
     settings: EvaluationSettings
     workers: int
-    keeps: bool
+    room: Room
     wants_videos: bool
 
     def __call__(self, prompts: Shard, worker: Worker) -> MeasuredShard:
@@ -438,12 +439,9 @@ class _ShardWork:
         def progress(stage: str, done: int, total: int) -> None:
             worker.tell((prompts[0], stage, done, total))
 
-        def kept(name: str, source: ModelSource, dtype: torch.dtype | str | None) -> Any:
-            return worker.keep(name, lambda: _open(source, settings, dtype=dtype)) if self.keeps else None
-
-        run = run_reference(
+        record = partial(
+            run_reference,
             self.reference,
-            pipe=kept("reference", self.reference, settings.dtype),
             judges=worker.keep("judges", settings.open_judges),
             prompts=prompts,
             seeds=self.seeds,
@@ -452,8 +450,10 @@ class _ShardWork:
             video_done=video_done,
             progress=progress,
         )
-        pipe = kept("model", self.model, run.dtype)
-        return judge_model(self.model, run, pipe=pipe, video_done=video_done, progress=progress), videos
+        load = partial(_open, self.reference, settings, dtype=settings.dtype)
+        run = self.room.use(worker, "reference", load, record)
+        judge = partial(judge_model, self.model, run, video_done=video_done, progress=progress)
+        return self.room.use(worker, "model", partial(_open, self.model, settings, dtype=run.dtype), judge), videos
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:

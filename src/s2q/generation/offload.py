@@ -102,6 +102,11 @@ def offload_pipeline(pipe: Any, device: str, *, offload: Offload) -> Turns:
     return turns
 
 
+def is_offloaded(pipe: Any) -> bool:
+    """Tell whether the components of a pipeline come to a device in turn (`offload_pipeline`)."""
+    return any(isinstance(getattr(part, "_hf_hook", None), _Arrival) for part in model_parts(pipe).values())
+
+
 @contextmanager
 def leaving_device(parts: Iterable[nn.Module]) -> Iterator[None]:
     """Take from the device, in the end, what the pipelines of components have there, if they are offloaded."""
