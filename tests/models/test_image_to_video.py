@@ -13,10 +13,11 @@ from s2q.calibration.candidates import prepare
 from s2q.calibration.teacher import load_teacher
 from s2q.checkpoint import file_tensors, read_config
 from s2q.cli import run
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.comparison.compare import compare
 from s2q.evaluation.evaluate import run_reference
 from s2q.evaluation.settings import EvaluationSettings
+from s2q.generation import conditioning
 from s2q.generation.conditioning import starting_image
 from s2q.generation.generate import generate
 from s2q.generation.prompts import Prompt, prompt_list, prompt_record, read_prompts
@@ -139,7 +140,7 @@ def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
     if name != "hunyuanvideo 1.5 image":  # which crops
         assert measured["first_frame_psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.2)
     is_fixed = measured["first_frame_psnr_db"] == measured["reference_first_frame_psnr_db"]
-    assert is_fixed == (name == "wan 2.2 5b image"), "its first latent frame is that of the image"
+    assert is_fixed == (name in ("ltx-2 image", "wan 2.2 5b image")), "the first latent frame is that of the image"
 
 
 @pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
@@ -162,7 +163,10 @@ def test_the_first_frame_is_compared_with_the_image_that_the_pipeline_encodes(na
     )
     encoded = ((seen[0][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     image = run.images[prompts[0]]
-    assert torch.equal(image, encoded)
+    if name == "ltx-2 image":  # which compresses it first
+        assert 0 < float((image.float() - encoded.float()).abs().mean()) < 5
+    else:
+        assert torch.equal(image, encoded)
     assert len(image.unique()) > 2, "an image that was resized"
     assert starting_image(pipe, "text alone", height=16, width=16) is None
 
@@ -217,6 +221,16 @@ def test_a_pipeline_that_needs_something_else_is_refused(tmp_path):
         generate(pipe, prompts=["a"])
     with pytest.raises(InvalidInputError, match=f"^CogVideoXVideoToVideoPipeline: .* with {classes}"):
         s2q.quantize(pipe, recipe="s2q-w4a6", out=tmp_path / "out", prompts=["a"], overrides=OVERRIDES)
+
+
+def test_a_package_that_the_call_needs_is_named_before_any_step(tmp_path, monkeypatch):
+    pipe = tiny_pipeline("ltx-2 image")
+    monkeypatch.setattr(conditioning, "is_installed", lambda package: package != "av")
+    expected = "^LTX2ImageToVideoPipeline: its call needs av, not installed; pip install av$"
+    with pytest.raises(ResourceError, match=expected):
+        generate(pipe, prompts=image_prompts("a"))
+    with pytest.raises(ResourceError, match=expected):
+        s2q.quantize(pipe, recipe="s2q-w4a6", out=tmp_path / "out", prompts=image_prompts("a"), overrides=OVERRIDES)
 
 
 def test_another_image_is_recorded_again(model, tmp_path):

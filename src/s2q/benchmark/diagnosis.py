@@ -119,8 +119,15 @@ NEEDS: dict[str, Need] = {
     "ftfy": Need(
         obstacle=_package("ftfy"),
         purpose="prompts of diffusers' Wan pipelines",
-        without="image-to-video pipelines of Wan fail",
+        without="image-to-video pipelines of Wan are refused",
         remedy="pip install ftfy",
+        optional=True,
+    ),
+    "av": Need(
+        obstacle=_package("av"),
+        purpose="images of diffusers' LTX-2 pipelines",
+        without="image-to-video pipelines of LTX-2 are refused",
+        remedy="pip install av",
         optional=True,
     ),
 }

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.common.versions import is_installed
 from s2q.generation.prompts import ConditioningImage, Prompt, prompt_list
 from s2q.models import family_of
 from s2q.models.family import ImageToVideo
@@ -32,7 +33,7 @@ def is_supported(pipe: Any) -> bool:
 
 
 def check_supported(pipe: Any) -> None:
-    """Refuse a pipeline that needs something else: a video, a mask, a pose."""
+    """Refuse a pipeline that needs something else, a video or a mask, and one whose call needs a missing package."""
     if not is_supported(pipe):
         family = family_of(pipe.transformer)
         classes = [family.pipeline_class]
@@ -41,6 +42,13 @@ def check_supported(pipe: Any) -> None:
         raise InvalidInputError(
             f"{type(pipe).__name__}: s2q generates and calibrates with {' or '.join(classes)} only; use a recipe "
             "without calibration and call the loaded pipeline in Python, or load the model in one of these"
+        )
+    known = image_to_video(pipe)
+    missing = [package for package in (known.packages if known else ()) if not is_installed(package)]
+    if missing:
+        raise ResourceError(
+            f"{type(pipe).__name__}: its call needs {' and '.join(missing)}, not installed; pip install "
+            f"{' '.join(missing)}"
         )
 
 

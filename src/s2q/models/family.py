@@ -29,6 +29,7 @@ class ImageToVideo:
         takes_size: Whether its call takes height and width; else the size of a video follows from the image's.
         tokens: Tokens of the image that blocks see beside those of the text, in the published models.
         embedded_by: Field of a transformer's configuration without which it sees none.
+        packages: Optional dependencies of diffusers that its call imports, by their names on PyPI.
     """
 
     pipeline_class: str
@@ -36,6 +37,7 @@ class ImageToVideo:
     takes_size: bool = True
     tokens: int = 0
     embedded_by: str = ""
+    packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

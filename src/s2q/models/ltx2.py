@@ -6,14 +6,18 @@ passes of guidance, without self-attention in some blocks and without attention 
 calibration and evaluation run classifier-free guidance with one weight for both streams (the pipeline's default for the
 sound is 7), rescaled by the pipeline's default of 0.7 towards the deviation of the conditional branch. The defaults are
 those of 2.3; LTX-2 19B is published with 40 steps and a weight of 4.
+
+Image to video: the image is the first latent frame, whose tokens have the timestep 0. The pipeline compresses it by
+H.264 before it encodes it, as in training, for which it needs PyAV.
 """
 
-from s2q.models.family import Family
+from s2q.models.family import Family, ImageToVideo
 
 LTX2 = Family(
     name="ltx-2",
     transformer_class="LTX2VideoTransformer3DModel",
     pipeline_class="LTX2Pipeline",
+    image_to_video=ImageToVideo(pipeline_class="LTX2ImageToVideoPipeline", draws_noise=True, packages=("av",)),
     block_lists=("transformer_blocks",),
     modulation=(),
     shared_inputs=(

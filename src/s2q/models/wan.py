@@ -11,7 +11,9 @@ WAN = Family(
     name="wan",
     transformer_class="WanTransformer3DModel",
     pipeline_class="WanPipeline",
-    image_to_video=ImageToVideo(pipeline_class="WanImageToVideoPipeline", tokens=257, embedded_by="image_dim"),
+    image_to_video=ImageToVideo(
+        pipeline_class="WanImageToVideoPipeline", tokens=257, embedded_by="image_dim", packages=("ftfy",)
+    ),
     block_lists=("blocks",),
     modulation=(),
     shared_inputs=(
