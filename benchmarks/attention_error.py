@@ -20,8 +20,8 @@ from environment import environment
 from records import rounded, write_record
 
 from s2q.common.components import transformers_of
-from s2q.evaluation.evaluate import run_reference
 from s2q.evaluation.intervals import clustered_mean
+from s2q.evaluation.measure import run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.velocity import velocity_errors
 from s2q.generation.load import load_pipeline

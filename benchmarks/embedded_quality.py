@@ -18,7 +18,7 @@ import torch
 from environment import environment
 from records import rounded_metrics, write_record
 
-from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.measure import judge_model, run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.recipes.load import load_recipe, recipe_names

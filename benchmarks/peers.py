@@ -20,7 +20,7 @@ from records import rounded_metrics, write_record
 
 from s2q.common.versions import package_versions
 from s2q.comparison.peers import ALL_PEERS, cost_of_peer, find_peers, load_with_peer
-from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.measure import judge_model, run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.models import resolve_model

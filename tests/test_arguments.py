@@ -176,9 +176,9 @@ def nothing_is_computed(monkeypatch, tmp_path):
         raise AssertionError("a model was loaded although an argument is wrong")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(importlib.import_module("s2q.evaluation.evaluate"), "load_pipeline", refuse)
+    monkeypatch.setattr(importlib.import_module("s2q.evaluation.measure"), "load_pipeline", refuse)
     monkeypatch.setattr("s2q.models.source.ModelSource.load_pipeline", refuse)
-    monkeypatch.setattr("s2q.run.quantize.load_teacher", refuse)
+    monkeypatch.setattr("s2q.run.stages.load_teacher", refuse)
     monkeypatch.setattr(importlib.import_module("s2q.comparison.compare"), "quantize", refuse)
     monkeypatch.setattr(importlib.import_module("s2q.benchmark.bench"), "run_cases", refuse)
     yield

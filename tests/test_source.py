@@ -116,3 +116,43 @@ def test_durations_are_of_a_clock_that_is_never_set(trees):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in clocks
     }
     assert callers == {"s2q.common.run_folder"}
+
+
+MOST_LINES = 80
+MOST_LINES_OF_A_FILE = 500
+
+
+def lines_of(function, *, counts_docstring=True):
+    """Lines from `def` to the end; the signature counts."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    docstring = first.end_lineno - first.lineno + 1 if is_docstring and not counts_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def long_functions(tree, *, public=()):
+    """Functions of more than 80 lines; the docstring of a public verb, which documents its options, is not counted."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    counted = [(node.name, lines_of(node, counts_docstring=node.name not in public)) for node in functions]
+    return [(name, lines) for name, lines in counted if lines > MOST_LINES]
+
+
+def test_functions_have_at_most_80_lines(trees):
+    public = {name: {attribute} for name, attribute in s2q._LAZY.values()}
+    found = {name: long for name, tree in trees.items() if (long := long_functions(tree, public=public.get(name, ())))}
+    assert found == {}
+
+
+def test_a_long_function_is_noticed_and_the_docstring_of_a_verb_is_not_counted():
+    body = "\n".join(["    x = 1"] * 79)
+    docstring = '    """One.\n\n    Two.\n    """\n'
+    assert long_functions(ast.parse(f"def f():\n{body}")) == []
+    tree = ast.parse(f"def f():\n{docstring}{body}")
+    assert long_functions(tree) == [("f", 84)]
+    assert long_functions(tree, public={"f"}) == []
+
+
+def test_files_have_at_most_500_lines():
+    paths = [path for root in (ROOT, TRAINING) for path in root.rglob("*.py")]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES_OF_A_FILE} == {}

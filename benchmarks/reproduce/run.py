@@ -14,7 +14,7 @@ from records import rounded_metrics, write_record
 from reproduce.plan import Request, Run, bench_command, runs_of, shown, video_name
 from reproduce.specs import Table
 from s2q.common.files import atomic_write_bytes, atomic_write_json
-from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.measure import judge_model, run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.generation.defaults import frame_rate_of

@@ -196,7 +196,7 @@ def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, mon
     def load(*_args, **_kwargs):
         raise AssertionError("loaded a model although the output will not do")
 
-    judging = importlib.import_module("s2q.evaluation.evaluate")
+    judging = importlib.import_module("s2q.evaluation.measure")
     monkeypatch.setattr("s2q.generation.load.load_pipeline", load)
     monkeypatch.setattr(judging, "load_pipeline", load)
     (tmp_path / "videos").mkdir()

@@ -72,7 +72,7 @@ def test_a_failing_vbench_leaves_the_rest(base, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_work_is_refused_at_once(base, tmp_path, monkeypatch, capsys, flags, code, message):
-    judging = importlib.import_module("s2q.evaluation.evaluate")
+    judging = importlib.import_module("s2q.evaluation.measure")
     monkeypatch.setattr(judging, "load_pipeline", lambda *args, **options: pytest.fail("loaded a model"))
     assert run([*base, *flags]) == code
     assert message in capsys.readouterr().err

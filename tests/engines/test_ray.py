@@ -160,7 +160,7 @@ def undisturbed(model, tmp_path_factory):
 
 
 def test_a_worker_that_dies_inside_a_block_is_in_the_report(cluster, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("s2q.run.quantize.BlockWork", killed_work.KilledOnce)
+    monkeypatch.setattr("s2q.run.stages.BlockWork", killed_work.KilledOnce)
     report = quantize(
         model, recipe="rtn-w4a8", out=tmp_path / "out", engine="ray", workers=1, ray_address=cluster[0].address
     )

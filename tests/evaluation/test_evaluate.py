@@ -8,7 +8,8 @@ import torch
 
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.evaluation import recordings
-from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
+from s2q.evaluation.evaluate import evaluate
+from s2q.evaluation.measure import judge_model, run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.evaluation.video_metrics import METRICS, selected_metrics

@@ -56,7 +56,7 @@ def test_a_pipeline_that_is_offloaded_already_is_refused():
 
 def test_loaded_pipelines_take_no_offload():
     pipe = tiny_pipeline("cogvideox")
-    with pytest.raises(UsageError, match="offload are for models by name"):
+    with pytest.raises(UsageError, match="offload is for models by name"):
         s2q.generate(pipe, prompts=["red"], offload="none")
     with pytest.raises(UsageError, match="offload is for models by name"):
         s2q.evaluate(pipe, reference=pipe, prompts=["red"], offload="none")

@@ -9,7 +9,8 @@ import pytest
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.compare import compare
-from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
+from s2q.evaluation.evaluate import evaluate
+from s2q.evaluation.measure import judge_model, run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.generation.load import load_pipeline
 from s2q.models import resolve_model
@@ -71,7 +72,7 @@ def no_compute(monkeypatch):
     def compute(*_args, **_kwargs):
         raise AssertionError("generated a video although the models cannot be compared")
 
-    judging = importlib.import_module("s2q.evaluation.evaluate")
+    judging = importlib.import_module("s2q.evaluation.measure")
     for name in ("denoise", "record_trajectory"):
         monkeypatch.setattr(judging, name, compute)
 

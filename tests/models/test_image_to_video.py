@@ -15,7 +15,7 @@ from s2q.checkpoint import file_tensors, read_config
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.comparison.compare import compare
-from s2q.evaluation.evaluate import run_reference
+from s2q.evaluation.measure import run_reference
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.generation import conditioning
 from s2q.generation.conditioning import starting_image

@@ -115,7 +115,7 @@ def test_recorded_calls_depend_on_every_setting(folder, option):
 
 
 def test_bad_settings_are_refused_before_weights_are_read(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("s2q.run.quantize.load_teacher", None)
+    monkeypatch.setattr("s2q.run.stages.load_teacher", None)
     for option, message in (("scheduler=DDIMScheduler", "does not fit WanPipeline"), ("num_frames=10", "use 9 or 13")):
         options = [CALIBRATES, f"calibration.{option}"]
         with pytest.raises(InvalidInputError, match=message):

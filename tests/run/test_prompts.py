@@ -14,7 +14,7 @@ OVERRIDES = [*(f"calibration.{text}" for text in CALIBRATION), "distillation.epo
 
 
 def test_a_resumed_run_records_a_prompt_again_only_if_what_belongs_to_it_changed(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("s2q.run.quantize.assemble", lambda *_args, **_options: 1 / 0)  # keeps the run folder
+    monkeypatch.setattr("s2q.run.stages.assemble", lambda *_args, **_options: 1 / 0)  # keeps the run folder
     prompts, recorded = ["red", {"prompt": "blue", "negative_prompt": "ugly"}], []
     original = s2q.calibration.candidates.record_trajectory
 

@@ -18,7 +18,7 @@ from s2q.comparison.peers import PEERS, load_with_peer
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
 from s2q.engines.engine import Worker, fixed_threads
 from s2q.engines.options import Workers
-from s2q.evaluation.evaluate import ReferenceRun, judge_model, run_reference
+from s2q.evaluation.measure import ReferenceRun, judge_model, run_reference
 from s2q.evaluation.recordings import DISK_SHARE
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.video_metrics import VELOCITY

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2q.common.arguments import model_argument, offload_name, optional, path_list, seed_numbers, whole_number, word
-from s2q.common.errors import UsageError, memory_errors
+from s2q.common.errors import memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.engine import Engine, InProcessEngine, Worker, fixed_threads
@@ -136,9 +136,8 @@ def generate(
         source = resolve_model(model, variant=optional(word, "variant", variant))
         source = with_loras(source, path_list("loras", loras))
         return _generate_named(work, source, requests, seeds, requested, batch_size, where, progress)
-    refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
-    if backend != "auto" or attention_backend is not None or loras or offload != AUTO:
-        raise UsageError("generate: backends, loras and offload are for models by name or folder; see s2q.load")
+    refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify, loras=loras, offload=offload)
+    refuse_load_options("generate", backend=backend, attention_backend=attention_backend)
     where.check_alone("generate")
     return _generate_loaded(work, model, requests, seeds, requested, batch_size, where, progress)
 

@@ -120,11 +120,29 @@ def pipeline_to_ask(source: ModelSource) -> DiffusionPipeline:
     return source.meta_pipeline(source.meta_transformers()) or load_pipeline(source)
 
 
-def refuse_load_options(verb: str, *, dtype: Any, variant: str | None, verify: bool | None) -> None:
-    """Refuse options of loading where every model is a loaded pipeline; None is none."""
-    for name, value in {"dtype": dtype, "variant": variant, "verify": verify}.items():
-        if value is not None:
-            raise UsageError(f"{verb}: {name} is for models by name or folder; load the pipeline with it")
+def refuse_load_options(
+    verb: str,
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    verify: bool | None = None,
+    backend: str = "auto",
+    attention_backend: str | None = None,
+    loras: Sequence[str | Path] = (),
+    offload: str = "auto",
+) -> None:
+    """Refuse options of loading, other than their defaults, where every model is a loaded pipeline."""
+    given = {
+        "dtype": dtype is not None,
+        "variant": variant is not None,
+        "verify": verify is not None,
+        "backend": backend != "auto",
+        "attention_backend": attention_backend is not None,
+        "loras": bool(loras),
+        "offload": offload != "auto",
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise UsageError(f"{verb}: {name} is for models by name or folder; load the pipeline with it (s2q.load)")
 
 
 def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) -> None:

@@ -29,6 +29,7 @@ from s2q.core.storage import BF16_BYTES, EncoderStorage, LinearStorage, parse_by
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
+from s2q.planning.allocation import PlannedAllocation, reduced, with_allocation
 from s2q.planning.cost import (
     BlockShape,
     CalibrationCost,
@@ -42,7 +43,7 @@ from s2q.planning.estimate import TimeEstimate, stage_work, time_estimate
 from s2q.planning.flop import Work
 from s2q.planning.gpus import Rates, gpu
 from s2q.planning.peaks import fitting_tokens, stage_peaks, transformer_parts
-from s2q.planning.resolve import LinearPlan, allocation_bytes, quantized_attention, recipe_linears, resolve
+from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.planning.text_encoders import plan_encoders
 from s2q.planning.widths import PlannedWidths, device_products, planned_widths
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
@@ -77,24 +78,6 @@ class PlannedStage:
     seconds: float | None
     flop: float | None = None
     traffic_bytes: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedAllocation:
-    """Allocation that a run will make per linear, as the recipe asks for it (`AllocationOptions`).
-
-    Attributes:
-        linears: How many linears it is for.
-        most_bytes: What their weights and scales may take together.
-        bytes: What they do take; None until the run has allocated.
-    """
-
-    what: str
-    candidates: tuple[int, ...]
-    budget: float
-    linears: int
-    most_bytes: int
-    bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,13 +286,7 @@ def plan_transformers(
     compute_dtype, machine = compute_dtype or dtype, machine or this_machine("cpu")
     now = sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)
     parts = list(transformer_parts(transformers, now).values())
-    storage = _storage(transformers, layers, sizes)
-    allocated = [] if recipe.allocation is None else [linear for linear in linears if linear.role == "linear"]
-    allocation = _planned_allocation(recipe, allocated)
-    if allocation is not None:
-        storage = _reduced(storage, sum(linear.weight_bytes for linear in allocated) - allocation.most_bytes)
-        names = {linear.name for linear in allocated}
-        layers = tuple(replace(layer, scheme=f"≤ {layer.scheme}") if layer.name in names else layer for layer in layers)
+    layers, storage, allocation = with_allocation(recipe, linears, layers, _storage(transformers, layers, sizes))
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
         shapes = block_shapes(transformers, linears, workload)
@@ -378,25 +355,6 @@ def _storage(
     return {"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized}
 
 
-def _reduced(storage: Mapping[str, int | float], by: int) -> dict[str, int | float]:
-    full, quantized = storage["full_precision_bytes"], storage["quantized_bytes"] - by
-    return {"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized}
-
-
-def _planned_allocation(recipe: Recipe, allocated: Sequence[LinearPlan]) -> PlannedAllocation | None:
-    if recipe.allocation is None:
-        return None
-    largest = sum(linear.weight_bytes for linear in allocated)
-    return PlannedAllocation(
-        what=recipe.allocation.what,
-        candidates=recipe.allocation.candidates,
-        budget=recipe.allocation.budget,
-        linears=len(allocated),
-        most_bytes=min(largest, allocation_bytes(recipe, allocated)),
-        bytes=None,
-    )
-
-
 def _planned_attention(
     recipe: Recipe, names: Sequence[str], shapes: Sequence[BlockShape], workload: Workload | None
 ) -> PlannedAttention | None:
@@ -425,7 +383,7 @@ def plan_allocated(planned: Plan, before: Sequence[LinearPlan], after: Sequence[
     return replace(
         planned,
         layers=tuple(layers),
-        storage=_reduced(planned.storage, planned.allocation.most_bytes - taken),
+        storage=reduced(planned.storage, planned.allocation.most_bytes - taken),
         allocation=replace(planned.allocation, bytes=taken),
     )
 
