@@ -11,6 +11,7 @@ from overrides import overriding
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.checkpoint.manifest import write_manifest
 from s2q.common.errors import InvalidInputError
+from s2q.distillation.attention_profile import ImportanceMap
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run import runner
@@ -95,10 +96,30 @@ def test_a_run_records_selection_and_blocks(run):
     events = [json.loads(line) for line in (out / "s2q/events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["run", "collect", "select", "block", "block", "assemble"]
     assert events[3]["loss"] == dict(report.blocks[0].loss)
+    assert "attention" not in events[3], "the report has it"
     blocks = [done for stage, done, _ in seen if stage == "blocks"]
     assert blocks == sorted(blocks)
     assert blocks[-1] == 8  # two blocks of two epochs and two units around them
     assert not list(out.parent.glob(".*"))
+
+
+def test_the_report_has_the_attention_of_each_block_at_full_precision(run):
+    _, report, _ = run
+    for block in report.blocks:
+        record, shown = block.attention, ImportanceMap.from_dict(block.attention["map"])
+        assert record["samples"] == 3
+        assert record["tokens"] == 16 + 3  # text, then three frames of a patch each
+        assert record["mass"] == sorted(record["mass"])
+        assert all(mass >= fraction - 1e-5 for fraction, mass in zip(record["fractions"], record["mass"], strict=True))
+        assert 0 < record["text_share"] < 1
+        assert shown.grid == (3, 1, 1)
+        assert float(shown.values.mean()) == pytest.approx(1.0, abs=0.01)
+        assert ", step 1, " in shown.sample, "the latest of both steps"
+
+
+def test_a_recipe_that_weights_tokens_alike_records_no_attention(tmp_path):
+    report = small(tmp_path / "out", overrides=["loss.weighting=uniform", "distillation.epochs=1"])
+    assert [block.attention for block in report.blocks] == [None, None]
 
 
 def test_two_runs_are_bit_identical_and_other_seeds_differ(run, tmp_path):

@@ -253,13 +253,15 @@ def test_processes_with_a_small_memory_budget_give_the_bytes_of_one_process_with
         "overrides": FAST,
     }
     seen = []
-    quantize(model, out=tmp_path / "one", **arguments)
+    alone = quantize(model, out=tmp_path / "one", **arguments)
     progress = lambda *step: seen.append(step)  # noqa: E731
     report = quantize(model, out=tmp_path / "two", workers=2, memory_budget="1KB", progress=progress, **arguments)
     for component in ("transformer", "transformer_2"):
         file = f"{component}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert not any(block.resumed for block in report.blocks)
+    assert [block.attention for block in report.blocks] == [block.attention for block in alone.blocks]
+    assert all(block.attention["map"] for block in report.blocks)
     done = [done for stage, done, _ in seen if stage == "blocks"]
     assert done == sorted(done)
     assert done[0] == 0

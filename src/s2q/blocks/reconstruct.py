@@ -28,6 +28,7 @@ from s2q.common.fp32_modules import convert, kept_in_fp32
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.common.torch_state import tf32_products
+from s2q.distillation.attention_profile import AttentionProfile
 from s2q.distillation.options import Distillation, Refinement
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.planning.resolve import LinearPlan
@@ -47,6 +48,8 @@ class ReconstructedBlock:
         distillation: Its report; None without distillation.
         refinement: Its report; None without refinement.
         rounding: The report of GPTQ or of learned rounding by full name; empty without.
+        attention: `AttentionProfile` of the full-precision block as plain data; None where the recipe does not weight
+            tokens by it.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -54,6 +57,7 @@ class ReconstructedBlock:
     distillation: Mapping[str, Any] | None
     refinement: Mapping[str, Any] | None
     rounding: Mapping[str, Mapping[str, Any]]
+    attention: Mapping[str, Any] | None
 
 
 def reconstruct_block(task: BlockTask) -> ReconstructedBlock:
@@ -71,11 +75,13 @@ class BlockStudents:
         work: The block and the recipe.
         samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
         statistics: Of the input of each group of linears that share one; modulation linears are in none.
+        attention: How the block's attention is spread over tokens; None where the recipe does not use it.
     """
 
     work: BlockWork
     samples: BlockSamples
     statistics: Mapping[Group, InputStatistics]
+    attention: AttentionProfile | None
 
     @property
     def modulation(self) -> list[LinearPlan]:
@@ -118,8 +124,8 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     work = BlockWork(task=task, teacher=teacher)
     try:
         with tf32_products(task.device):
-            statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family)
-        yield BlockStudents(work=work, samples=samples, statistics=statistics)
+            observed = observe(teacher, samples, groups, recipe=task.recipe, family=family)
+        yield BlockStudents(work=work, samples=samples, statistics=observed.statistics, attention=observed.attention)
     finally:
         targets.clear()
 
@@ -172,6 +178,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
         distillation=None if report is None else asdict(report),
         refinement=None if refinement is None else asdict(refinement),
         rounding={linear.name: reports[linear.inner_name] for linear in task.linears if linear.inner_name in reports},
+        attention=None if opened.attention is None else opened.attention.to_dict(),
     )
 
 

@@ -1,16 +1,18 @@
-"""Observations of a block on its samples: targets, token weights, statistics of the inputs of its linears."""
+"""Observations of a block on its samples: targets, token weights, spread of attention, statistics of inputs."""
 
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.samples import BlockSamples
 from s2q.common.hooks import capture_inputs
+from s2q.distillation.attention_profile import AttentionProfile, ImportanceMap
 from s2q.distillation.token_importance import capture_column_sums, token_weights
 from s2q.models import Family
 from s2q.planning.resolve import LinearPlan
@@ -21,6 +23,19 @@ SEARCHED_ROWS = 2048
 """Tokens of all samples together that a search for α judges by."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """Statistics and attention of a block on its samples.
+
+    Attributes:
+        statistics: Of the input of each group of linears that share one.
+        attention: The spread of its attention; None for recipes that do not weight tokens by it.
+    """
+
+    statistics: dict[tuple[LinearPlan, ...], InputStatistics]
+    attention: AttentionProfile | None
+
+
 @torch.no_grad()
 def observe(
     teacher: nn.Module,
@@ -29,20 +44,22 @@ def observe(
     *,
     recipe: Recipe,
     family: Family,
-) -> dict[tuple[LinearPlan, ...], InputStatistics]:
-    """Store targets and token weights of every sample; return the statistics of the input of each group of linears."""
+) -> Observation:
+    """Store targets and token weights of every sample; return statistics of each group of linears, and of attention."""
     loss, settings = recipe.loss, recipe.transforms
     moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
     kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
     device = next(teacher.parameters()).device
     statistics = {group: InputStatistics(group[0].in_features, device, moments=moments, kept=kept) for group in groups}
+    weighted = loss.weighting == "attention"
+    profile = AttentionProfile() if weighted else None
+    mapped = max(range(len(samples)), key=lambda index: samples.stream.steps[index])
     for index in range(len(samples)):
         timestep = samples.stream.steps[index]
         listeners = {
             group[0].inner_name: functools.partial(of_group.add, timestep=timestep)
             for group, of_group in statistics.items()
         }
-        weighted = loss.weighting == "attention"
         attention = teacher.get_submodule(family.attention)
         call = functools.partial(teacher, **samples.inputs(index))
         with (
@@ -54,13 +71,34 @@ def observe(
         samples.stream.check(outputs, sample=index, module=teacher, run=call)
         stored = dict(zip(samples.streams, outputs, strict=True))
         if captured is not None:
+            assert profile is not None
             lengths = [stored[name].shape[1] for name in family.joint_order]
             sums = captured.joined()
             left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
             assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
-            weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
+            padded = F.pad(sums, (0, left_out))
+            weights = token_weights(padded, lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
             by_stream = dict(zip(family.joint_order, weights.split(lengths, dim=1), strict=True))
+            video = _place("hidden_states", family.joint_order, lengths)
+            profile.add(sums, text=_place("encoder_hidden_states", family.joint_order, lengths))
+            if index == mapped:
+                profile.map = _importance_map(padded[0, video], samples, index)
             for name, output in zip(samples.streams, outputs, strict=True):
                 stored[f"weights.{name}"] = by_stream.get(name, torch.ones_like(output[..., 0]))
         samples.targets.put(index, stored)
-    return statistics
+    return Observation(statistics=statistics, attention=profile)
+
+
+def _place(stream: str, order: Sequence[str], lengths: Sequence[int]) -> slice:
+    """Place of the tokens of a stream in a joint sequence; an empty slice if they are not in it."""
+    if stream not in order:
+        return slice(0, 0)
+    index = list(order).index(stream)
+    return slice(sum(lengths[:index]), sum(lengths[: index + 1]))
+
+
+def _importance_map(sums: Tensor, samples: BlockSamples, index: int) -> ImportanceMap | None:
+    grid = samples.stream.video_grid(index)
+    if grid is None or grid.tokens != len(sums):
+        return None
+    return ImportanceMap.of(sums, grid, sample=samples.stream.names[index])

@@ -8,6 +8,7 @@ block sees the teacher's stream, the inputs of a block do not depend on what bec
 Tensors that host memory has no room for are on the disk, in the run folder.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -27,7 +28,7 @@ from s2q.common.memory import on_device, outside, paged, release_page_locked, to
 from s2q.common.progress import Tick
 from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
-from s2q.models.family import Family
+from s2q.models.family import Family, token_layout
 
 
 class TeacherStream:
@@ -78,6 +79,7 @@ class TeacherStream:
         self._fixed: list[dict[str, Any]] = []
         self._conditioning: list[dict[str, Any]] = []
         self._position: int | None = None
+        self._video_grids: dict[int, TokenGrid | None] = {}
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -112,6 +114,14 @@ class TeacherStream:
     def grid(self, sample: int) -> TokenGrid | None:
         """Return the positions of the video tokens of a sample; None if nothing needs them."""
         return None if self.tokens is None else self._grids[sample]
+
+    def video_grid(self, sample: int) -> TokenGrid | None:
+        """Return the same for reports, whether or not anything needs it; None if the call does not define it."""
+        if sample not in self._video_grids:
+            layout = self.tokens or token_layout(self.transformer, self.family)
+            with contextlib.suppress(InvalidInputError):
+                self._video_grids[sample] = layout.grid(self.calls[sample]())
+        return self._video_grids.setdefault(sample, None)
 
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
         """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.

@@ -25,6 +25,9 @@ class BlockReport:
         rounding: The report of GPTQ or of learned rounding by full name; empty without.
         memory_retry: Reason and settings of the second attempt, where the memory did not suffice for the first; None
             where it did.
+        attention: How the attention of the full-precision block is spread over tokens (`AttentionProfile`): mean
+            `mass` on the most attended `fractions` of the `tokens`, `text_share`, and a `map` of one sample; None for
+            recipes that do not weight tokens by it.
     """
 
     index: int
@@ -39,6 +42,7 @@ class BlockReport:
     refinement: Mapping[str, Any] | None = None
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     memory_retry: Mapping[str, Any] | None = None
+    attention: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

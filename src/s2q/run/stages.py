@@ -283,7 +283,7 @@ class Run:
         (transformer,) = (part for part in runner.teacher.transformers if part.component == place[0])
         name, key = transformer.block_names[place[1]], transformer.artefact_name(place[1])
         report = BlockReport(index=index, name=full_name(place[0], name), resumed=resumed, **self.folder.stats(key))
-        self.folder.log("block", **asdict(report))
+        self.folder.log("block", **{name: value for name, value in asdict(report).items() if name != "attention"})
         log_block(report, total=runner.teacher.block_count)
         return report
 
