@@ -15,6 +15,7 @@ demo: $(READY)
 # A process a core, each with one thread (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)
+	@command -v chromium > /dev/null || echo "No chromium: tests of pages in a browser are skipped (apt-get install chromium)"
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-emulated
 

@@ -21,6 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest.register_assert_rewrite("browser.harness")
+
+from browser.harness import browser, visit  # noqa: E402, F401
 from emulation import emulator  # noqa: E402
 
 if os.environ.get(emulator.ENVIRONMENT_VARIABLE) == "1":

@@ -1,8 +1,11 @@
 """The site of the documentation has every page and every public name, and asks no other host for anything."""
 
+import functools
+import http.server
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,33 @@ def test_the_reference_has_signatures_and_docstrings(site):
     page = (site / "api.html").read_text()
     assert "Quantize a text-to-video pipeline into a checkpoint" in page
     assert page.count('class="doc doc-heading"') >= len(s2q.__all__) - 1
+
+
+@pytest.fixture(scope="module")
+def served_site(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["index", "models"])
+def test_pages_log_no_error_ask_no_other_host_fit_the_window_and_are_accessible(served_site, visit, name):
+    with visit() as visitor:
+        visitor.open(f"http://{served_site}/{name}.html")
+        visitor.check(served_site)
+
+
+def test_a_word_of_the_reference_is_found(served_site, visit):
+    with visit() as visitor:
+        page = visitor.open(f"http://{served_site}/index.html")
+        page.locator(".md-search__input").click()
+        page.get_by_text("Type to start searching").wait_for()  # until then, the theme loses what is typed
+        page.locator(".md-search__input").press_sequentially("quantize")  # it listens to keys
+        page.locator(".md-search-result__item a").first.wait_for()
+        assert page.locator('.md-search-result__item a[href*="api.html"]').count() > 0
+        assert visitor.errors == []

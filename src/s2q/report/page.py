@@ -38,6 +38,7 @@ class PlayerPair:
     reference: np.ndarray
     student: np.ndarray
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    labels: tuple[str, str] = ("Full precision", "Quantized")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,7 @@ def render_page(content: PageContent) -> str:
         cards=_cards(content, measured, floor),
         floor=floor,
         nothing=formatting.NOTHING,
-        players=[_player(pair) for pair in content.pairs],
-        fps=FRAMES_PER_SECOND,
-        gain=DIFFERENCE_GAIN,
+        **_shown(content.pairs, fps=FRAMES_PER_SECOND),
         sheet=data_url("image/png", pair_sheet(content.pairs)),
         fidelity={name: entry for name, entry in scores.items() if "adherence" not in name},
         adherence={name: entry for name, entry in scores.items() if "adherence" in name},
@@ -115,6 +114,32 @@ def render_page(content: PageContent) -> str:
         recipe=json.dumps(content.recipe, indent=2, ensure_ascii=False) if content.recipe else "",
         sample=_sample(evaluation),
     )
+
+
+def render_players(
+    pairs: Sequence[PlayerPair], *, title: str, rows: Sequence[Sequence[str]] = (), note: str = "", fps: int
+) -> str:
+    """Render the videos of the report page alone, as HTML that grows with the frame that it is in.
+
+    Args:
+        rows: Heading and cells of a table below the videos, the first row its heading.
+        note: A sentence below the table.
+        fps: Frames per second of the videos.
+    """
+    template = environment().get_template("players.html.j2")
+    return template.render(
+        title=title,
+        style=asset("page.css"),
+        script=asset("page.js"),
+        rows=rows,
+        note=note,
+        **_shown(pairs, fps=fps),
+    )
+
+
+def _shown(pairs: Sequence[PlayerPair], *, fps: int) -> dict[str, Any]:
+    """Return the variables of the templates of players."""
+    return {"players": [_player(pair, fps=fps) for pair in pairs], "fps": fps, "gain": DIFFERENCE_GAIN}
 
 
 def environment() -> Any:
@@ -151,12 +176,13 @@ def player_facts(prompt: str, seed: int, frames: np.ndarray) -> dict[str, Any]:
     return facts | {"pixelated": max(height, width) <= DISPLAY_PIXELS // 2}
 
 
-def _player(pair: PlayerPair) -> dict[str, Any]:
+def _player(pair: PlayerPair, *, fps: int) -> dict[str, Any]:
     def source(frames: np.ndarray) -> str:
-        return data_url("video/mp4", encode_mp4(enlarged(frames)))
+        return data_url("video/mp4", encode_mp4(enlarged(frames), fps=fps))
 
     height, width = pair.reference.shape[1:3]
     return player_facts(pair.prompt, pair.seed, pair.reference) | {
+        "labels": pair.labels,
         "ratio": f"{width} / {height}",
         "reference": source(pair.reference),
         "student": source(pair.student),

@@ -136,17 +136,30 @@
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest("button, input, select, summary, a, video, textarea")) return;
+    if (event.target.closest("button, input, select, summary, a, video, textarea, [tabindex]")) return;
     const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!act) return;
     event.preventDefault();
     act();
   });
-  theme.addEventListener("click", () => {
+  if (theme) theme.addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
   });
+  // A region that scrolls can be reached by the tab key and has the name of its section.
+  const regions = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      const scrolls = target.scrollWidth > target.clientWidth || target.scrollHeight > target.clientHeight;
+      const heading = target.closest("details, figure, section").querySelector("summary, h2, h3");
+      const name = heading ? heading.textContent : "Table";
+      for (const [attribute, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", name]]) {
+        if (scrolls) target.setAttribute(attribute, value);
+        else target.removeAttribute(attribute);
+      }
+    }
+  });
+  for (const region of document.querySelectorAll(".scroll, pre")) regions.observe(region);
   refresh();
   requestAnimationFrame(tick);
 })();
