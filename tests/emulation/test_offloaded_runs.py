@@ -13,8 +13,7 @@ from diffusers import DiffusionPipeline
 import s2q
 from emulation import runs
 from s2q.common.memory import paged
-from s2q.evaluation import evaluate as evaluation
-from s2q.evaluation import parallel
+from s2q.evaluation import evaluate, parallel
 from s2q.generation.offload import layers_of, leaving_device, pages_of, pipeline_on_device
 from tiny import tiny_pipeline, video_size
 
@@ -195,13 +194,13 @@ def test_generate_and_evaluate_on_a_small_gpu(way, device, tmp_path):
 )
 def test_offloaded_models_are_loaded_once_for_all_shards(way, on_host, loads, device, monkeypatch):
     """On a GPU without room for both; what stays loaded is not on it."""
-    loaded, load = [], evaluation._open
+    loaded, load = [], evaluate.open_model
 
     def opened(model, settings, *, dtype):
         loaded.append((model, torch.cuda.memory_allocated(device)))
         return load(model, settings, dtype=dtype)
 
-    monkeypatch.setattr(evaluation, "_open", opened)
+    monkeypatch.setattr(evaluate, "open_model", opened)
     monkeypatch.setattr(parallel, "models_that_fit", lambda _sources, name: on_host if name == "cpu" else 0)
     checkpoint, reference = runs.on_cpu("wan 2.2 a14b", "rtn-w4a6").folder, runs.model_folder("wan 2.2 a14b")
     size = video_size(tiny_pipeline("wan 2.2 a14b")) | {"num_inference_steps": 2, "max_sequence_length": 16}

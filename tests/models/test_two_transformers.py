@@ -23,8 +23,7 @@ from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from s2q.run import quantize as run_module
-from s2q.run import runner
+from s2q.run import runner, stages
 from tiny import tiny_pipeline
 
 BOUNDARY = 0.7
@@ -95,7 +94,7 @@ class Spy:
 
     def __init__(self, patch):
         self.pipe, self.heard = None, []
-        save, stream, spy = run_module.save_checkpoint, runner.TeacherStream, self
+        save, stream, spy = stages.save_checkpoint, runner.TeacherStream, self
 
         class Stream(stream):
             def __init__(self, *args, calls, timesteps, component, **arguments):
@@ -111,7 +110,7 @@ class Spy:
             self.pipe = pipe
             save(pipe, *args, **arguments)
 
-        patch.setattr(run_module, "save_checkpoint", kept)
+        patch.setattr(stages, "save_checkpoint", kept)
         patch.setattr(runner, "TeacherStream", Stream)
 
 

@@ -17,7 +17,7 @@ from s2q.generation.settings import GenerationSettings
 from s2q.generation.trajectory import record_trajectory
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
-from s2q.run import quantize as run
+from s2q.run import stages
 from s2q.run.quantize import quantize
 from tiny import tiny_pipeline, video_size
 
@@ -82,7 +82,7 @@ def interrupted(monkeypatch, stage):
     def stop(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, stage, stop)
+    monkeypatch.setattr(stages, stage, stop)
 
 
 def test_its_samples_are_what_the_quantized_first_transformer_leaves(pair, folder, quantized, tmp_path, monkeypatch):

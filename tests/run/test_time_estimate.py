@@ -12,7 +12,7 @@ from s2q.planning import plan_model, this_machine
 from s2q.planning.cost import block_shapes
 from s2q.planning.flop import forward_work
 from s2q.recipes.load import load_recipe
-from s2q.run import quantize as runner
+from s2q.run import quantize, stages
 from s2q.run import time_estimate as measure
 from s2q.run.time_estimate import BlockSeconds, measured
 from tiny import tiny_pipeline, video_size
@@ -92,14 +92,14 @@ def test_the_plan_the_measurement_and_the_run_count_the_same_steps(tmp_path, mon
     assert (first := teacher.workload.called["transformer"]) != 4
     assert teacher.workload.called == {"transformer": first, "transformer_2": 8 - first}
 
-    collected, original = [], runner.record_prompts
+    collected, original = [], stages.record_prompts
 
     def record_prompts(engine, source, inputs, folder, **arguments):
         collected.extend(steps for steps in inputs.steps if steps)
         original(engine, source, inputs, folder, **arguments)
 
-    monkeypatch.setattr(runner, "record_prompts", record_prompts)
-    runner.quantize(
+    monkeypatch.setattr(stages, "record_prompts", record_prompts)
+    quantize.quantize(
         tmp_path / "model", recipe=recipe, prompts=["red", "blue", "green"], out=tmp_path / "out", workers=1
     )
     if selection == "sds":
