@@ -1,6 +1,11 @@
 """Progress on a terminal and elsewhere, and the time left that both show."""
 
 import io
+import os
+import pty
+import signal
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -8,6 +13,7 @@ from rich.progress import Progress as ProgressBars
 from rich.progress import TextColumn
 
 from s2q.cli import console
+from s2q.common.progress import part_of
 
 
 class Clock:
@@ -102,3 +108,73 @@ def test_an_error_shows_the_cursor_on_a_terminal_and_nowhere_else(monkeypatch):
         monkeypatch.setattr(console, "stderr", Console(file=shown, force_terminal=terminal))
         console.say_error("terminated")
         assert shown.getvalue().startswith(start)
+
+
+def test_a_part_has_a_bar_under_its_stage_while_it_is_in_work(clock):
+    screen = Console(file=io.StringIO(), width=100)
+    with ProgressBars(TextColumn("{task.description}"), console=screen) as bars:
+        report = console._BarProgress(bars, clock)
+        report("blocks", 0, 8)
+        for done, now in ((1, 10.0), (2, 14.0)):
+            clock.now = now
+            report(part_of("blocks", "transformer_blocks.3"), done, 4)
+        assert [task.description for task in bars.tasks] == ["blocks", "  transformer_blocks.3"]
+        assert bars.tasks[1].fields["left"] == "8 s left"
+        report(part_of("blocks", "transformer_blocks.3"), 4, 4)
+        report(part_of("blocks", "transformer_blocks.4"), 4, 4)
+        assert [task.description for task in bars.tasks] == ["blocks"]
+
+
+def test_plain_progress_writes_no_lines_for_parts(lines):
+    report = console._PlainProgress()
+    report("blocks", 0, 8)
+    report(part_of("blocks", "transformer_blocks.3"), 1, 4)
+    assert lines() == ["blocks: 0/8"]
+
+
+SHOWS_BARS_UNTIL_IT_IS_STOPPED = """
+import time
+from s2q import cli
+from s2q.cli import console
+
+def forever(arguments):
+    with console.progress() as report:
+        for step in range(10_000):
+            report("blocks", step, 10_000)
+            time.sleep(0.01)
+
+cli._invoke = forever
+cli.main([])
+"""
+
+
+def test_ctrl_c_leaves_the_cursor_visible_and_names_what_happened():
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", SHOWS_BARS_UNTIL_IT_IS_STOPPED],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while b"blocks" not in shown:
+            shown += os.read(ours, 4096)
+        child.send_signal(signal.SIGINT)
+        while True:
+            try:
+                received = os.read(ours, 4096)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not received:
+                break
+            shown += received
+    finally:
+        child.kill()
+        os.close(ours)
+    assert child.wait() == 130
+    assert shown.rstrip().endswith(b"interrupted")
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")

@@ -46,6 +46,17 @@ def test_a_block_is_better_than_rounding_and_distillation_never_hurts(run):
         assert all(one["error"] <= one["rtn_error"] for one in block.rounding.values())
 
 
+def test_progress_names_each_block_in_work_and_ends_it(run):
+    _, report, seen = run
+    for block in report.blocks:
+        steps = [(done, total) for stage, done, total in seen if stage == f"blocks: {block.name}"]
+        assert steps[0][0] == 1
+        assert steps[-1][0] == steps[-1][1] > 1
+        assert steps == sorted(steps)
+    named = {stage.removeprefix("blocks: ") for stage, _, _ in seen if stage.startswith("blocks: ")}
+    assert named == {block.name for block in report.blocks}
+
+
 def test_what_is_written_is_what_was_computed(run):
     out, report, _ = run
     pipe = load_pipeline(out)

@@ -120,6 +120,11 @@ class Teacher:
         parts = ((transformer.component, transformer.attention) for transformer in self.transformers)
         return [full_name(component, name) for component, names in parts for name in names]
 
+    def transformer(self, component: str) -> TeacherTransformer:
+        """Return the transformer of a component."""
+        (transformer,) = (part for part in self.transformers if part.component == component)
+        return transformer
+
     def with_linears(self, linears: Sequence[LinearPlan]) -> Teacher:
         """Return the teacher with other plans for its linears."""
         transformers = tuple(

@@ -1,5 +1,6 @@
 """The commands in the order of their work; the surface is stable: a test compares it with a golden text."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -58,5 +59,33 @@ def _root(
         raise UsageError("s2q: no command; see s2q --help")
 
 
+EXAMPLES = {
+    "demo": ("s2q demo --short",),
+    "plan": (
+        "s2q plan -m shapes-cogvideox -r s2q-plus-w4a8",
+        "s2q plan -m synthetic:wan-14b --recipes s2q-w4a6,s2q-plus-w4a8 --device h100",
+    ),
+    "quantize": (
+        "s2q quantize -m shapes-cogvideox -r table-w4a8 -o shapes-w4a8",
+        "s2q quantize -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r s2q-plus-w4a8 -o wan-w4a8 --prompts prompts.txt",
+    ),
+    "generate": ('s2q generate -m shapes-w4a8 --prompt "a red circle moving left on a grey background" -o videos',),
+    "eval": ("s2q eval -m shapes-w4a8 --reference shapes-cogvideox --num-prompts 4 -o eval.json",),
+    "compare": ("s2q compare table-w4a8 rtn-w4a8 -m shapes-cogvideox --num-prompts 4 -o compared",),
+    "bench": ("s2q bench -m synthetic:cogvideox-2b --ops denoising_step -o bench.json",),
+    "inspect": ("s2q inspect shapes-w4a8 --verify",),
+    "export": ("s2q export shapes-w4a8 --to diffusers -o shapes-plain",),
+    "convert": ("s2q convert sdnq-model -o converted",),
+    "push": ("s2q push shapes-w4a8 acme/shapes-w4a8 --eval eval.json --videos videos",),
+    "doctor": ("s2q doctor --device cpu",),
+}
+"""Examples of each command, shown at the end of its help."""
+
+
+def _add(command: Callable[..., None], name: str) -> None:
+    lines = [f"  {example}" for example in EXAMPLES[name]]
+    app.command(name, epilog="\n".join(["\b", f"Example{'s' if len(lines) > 1 else ''}:", *lines]))(command)
+
+
 for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export, convert, push, doctor):
-    app.command("eval" if command is evaluate else None)(command)
+    _add(command, "eval" if command is evaluate else command.__name__)

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from s2q.cli import console, options, output
+from s2q.cli import console, next_steps, options, output
 from s2q.common.interrupts import resumable
 from s2q.common.outputs import check_file_output
 from s2q.report.formatting import format_bytes
@@ -101,6 +101,8 @@ def bench(
     output.emit_json(content) if as_json else show_results(content)
     is_new = out.read_bytes() != before
     console.say(f"written to {out}" if is_new else f"{out} already has all results; --again repeats them")
+    if not as_json:
+        next_steps.say_next([["plan", "-m", model or "shapes-cogvideox", "--recipes", "all"]])
 
 
 def show_results(content: Mapping[str, Any]) -> None:

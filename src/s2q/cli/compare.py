@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from s2q.cli import console, options, output
+from s2q.cli import console, next_steps, options, output
 from s2q.common.errors import S2QError
 from s2q.common.interrupts import resumable
 from s2q.report import compare_table as comparison
@@ -118,6 +118,7 @@ def compare(
         show_plan(result)
     else:
         show_comparison(result, page=(out / "index.html").resolve())
+        next_steps.say_next(next_steps.after_compare(result, out))
     _raise_failed(result["entries"])
 
 

@@ -1,7 +1,7 @@
 """Logs, errors and progress on stderr.
 
-On a terminal progress is a bar; elsewhere (a file, a pipe, a CI log) it is one plain line every few seconds, with the
-time that is left.
+On a terminal progress is a bar for each stage and each block in work; elsewhere (a file, a pipe, a CI log) it is one
+plain line every few seconds, with the time that is left.
 """
 
 import logging
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBars
 from rich.text import Text
 
-from s2q.common.progress import Progress, StageClock
+from s2q.common.progress import Progress, StageClock, is_part
 
 SECONDS_BETWEEN_LINES = 5.0
 stderr = Console(stderr=True, soft_wrap=True)
@@ -76,27 +76,37 @@ def progress() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with ProgressBars(*columns, console=stderr) as bars:
+    with ProgressBars(*columns, console=stderr, refresh_per_second=4) as bars:
         yield _BarProgress(bars)
 
 
 class _BarProgress:
-    """One bar a stage."""
+    """One bar a stage, and under them one for each part in work, which goes when the part is done."""
 
     def __init__(self, bars: ProgressBars, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars, self._clock = bars, clock
         self._stages: dict[str, tuple[Any, StageClock]] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        part = is_part(stage)
         if stage not in self._stages:
-            self._stages[stage] = self._bars.add_task(stage, total=total, left=""), StageClock(done)
+            if part and done >= total:
+                return
+            name = f"  {stage.partition(': ')[2]}" if part else stage
+            self._stages[stage] = (
+                self._bars.add_task(name, total=total, completed=done, left=""),
+                StageClock(0 if part else done),
+            )
         task, clock = self._stages[stage]
+        if part and done >= total:
+            self._bars.remove_task(self._stages.pop(stage)[0])
+            return
         left = clock.seconds_left(done, total, self._clock())
         self._bars.update(task, completed=done, total=total, left=_left(left) if done < total else "")
 
 
 class _PlainProgress:
-    """One line at the start of a stage, one every few seconds, one at its end."""
+    """One line at the start of a stage, one every few seconds, one at its end; none for parts."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -105,6 +115,8 @@ class _PlainProgress:
         self._last = -float("inf")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if is_part(stage):
+            return
         now = self._clock()
         is_new = stage not in self._stages
         started, clock = self._stages.setdefault(stage, (now, StageClock(done)))

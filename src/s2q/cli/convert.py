@@ -26,7 +26,7 @@ def convert(
     as_json: options.AsJson = False,
 ) -> None:
     """Make a checkpoint of a model that another program has quantized."""
-    from s2q.cli import console, output
+    from s2q.cli import console, next_steps, output
     from s2q.exports.convert import convert as run
 
     console.quiet_libraries()
@@ -40,3 +40,4 @@ def convert(
         schemes = ", ".join(f"{count} {name}" for name, count in result["linears"].items())
         ratio = result["storage"]["ratio"]
         console.say(f"{out}: {schemes} linears from {result['tool']}, {ratio:.2f} times smaller than bf16")
+        next_steps.say_next([next_steps.generate_with(out), next_steps.evaluate_with(out, base)])

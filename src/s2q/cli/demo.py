@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from s2q.cli import console, options, output
+from s2q.cli import console, next_steps, options, output
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json, slug
 from s2q.common.outputs import check_output, owned_matching, staged_directory
@@ -76,6 +75,8 @@ def demo(
         output.emit_json(record)
     else:
         _show(record, page)
+        own = ["quantize", "-m", "MODEL", "-r", next_steps.ACCURATE, "--prompts", "FILE", "-o", "OUT"]
+        next_steps.say_next([next_steps.generate_with(out / _CHECKPOINT), own])
     if open_page and console.stderr.is_terminal and _has_screen():
         webbrowser.open(page.as_uri())
 
@@ -266,7 +267,7 @@ def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
 
 
 def _show(record: Mapping[str, Any], page: Path) -> None:
-    out = Console()
+    out = output.wide_console()
     storage, evaluation = record["storage"], record["evaluation"]
     changes = f" (shortened: {', '.join(record['overrides'])})" if record["overrides"] else ""
     before, after = (format_bytes(storage[f"{side}_bytes"]) for side in ("full_precision", "quantized"))

@@ -19,7 +19,7 @@ def doctor(
     as_json: options.AsJson = False,
 ) -> None:
     """Show devices, backends, versions and what is missing; test every backend against the reference."""
-    from s2q.cli import output
+    from s2q.cli import next_steps, output
 
     devices = None if device is None else [options.resolve_device(device)]
     from s2q.benchmark.diagnosis import all_devices, diagnose
@@ -34,6 +34,8 @@ def doctor(
             f"doctor: backend {first['backend']!r} on {first['device']} fails its self-test: {first['reason']}{more}; "
             "use --backend reference, and report the output of s2q doctor --json"
         )
+    if not as_json:
+        next_steps.say_next([["demo", "--short"]])
 
 
 def _show(diagnosis: Mapping[str, Any]) -> None:

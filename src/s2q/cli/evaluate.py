@@ -61,7 +61,7 @@ def evaluate(
     """Evaluate a model against full precision."""
     check_file_output(out, overwrite=overwrite)
     device = options.resolve_device(device)
-    from s2q.cli import console, judges, output
+    from s2q.cli import console, judges, next_steps, output
     from s2q.evaluation import evaluate as evaluation
     from s2q.evaluation.video_metrics import selected_metrics
     from s2q.generation.defaults import frame_rate_of, quantization_scheme
@@ -108,6 +108,8 @@ def evaluate(
         result = _written(out, result, planned, report)
     output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
     console.say(f"written to {out}")
+    if not as_json:
+        next_steps.say_next(next_steps.after_evaluate(model, reference, out))
 
 
 def _written(out: Path, result: dict[str, Any], planned: Any, progress: Progress) -> dict[str, Any]:

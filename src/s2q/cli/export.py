@@ -44,4 +44,5 @@ def export(
     else:
         formats = ", ".join(f"{count} {name}" for name, count in result["linears"].items())
         ratio = result["storage"]["ratio"]
-        console.say(f"{out}: {formats} linears, {ratio:.2f} times smaller than bf16; load: {result['loading']}")
+        console.say(f"{out}: {formats} linears, {ratio:.2f} times smaller than bf16")
+        console.say(f"load: {result['loading'].replace('(OUT', f'({str(out)!r}')}")

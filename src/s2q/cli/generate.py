@@ -57,7 +57,7 @@ def generate(
     check_output(out, overwrite=overwrite, owned=_OWNED)
     device = options.resolve_device(device)
     _check_backend(backend, device)
-    from s2q.cli import console, output
+    from s2q.cli import console, next_steps, output
     from s2q.generation.defaults import frame_rate_of
     from s2q.generation.generate import generate as run
     from s2q.generation.prompts import check_distinct, prompt_list
@@ -90,7 +90,11 @@ def generate(
         record = _write(staged, videos, frame_rate=rate, save_latents=save_latents, progress=report)
         record |= {"model": model, "output": str(out)}
         atomic_write_json(staged / GENERATION_RECORD, record)
-    output.emit_json(record) if as_json else console.say(f"{out}: {len(videos)} videos and sheet.png")
+    if as_json:
+        output.emit_json(record)
+    else:
+        console.say(f"{out}: {len(videos)} videos and sheet.png")
+        next_steps.say_next(next_steps.after_generate(model, source.folder, variant=variant))
 
 
 def _write(

@@ -49,7 +49,7 @@ def emit_json(content: Mapping[str, Any]) -> None:
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Show a plan: totals, stages, layers grouped by kind."""
-    out = Console()
+    out = wide_console()
     storage = plan["storage"]
     out.print(Text.assemble(("Plan ", "bold"), f"{plan['model']} with {plan['recipe']}"))
     out.print(_storage_line(storage))
@@ -214,7 +214,7 @@ def _generation_line(generation: Mapping[str, Any]) -> str:
 
 def show_inspection(report: Mapping[str, Any]) -> None:
     """Show the contents of a checkpoint."""
-    out = Console()
+    out = wide_console()
     out.print(
         Text.assemble(
             ("Checkpoint ", "bold"),
@@ -249,7 +249,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
 
 def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None) -> None:
     """Show an evaluation: metrics, intervals, noise floor, and VBench's scores with the paper's for the scheme."""
-    out = Console()
+    out = wide_console()
     sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
     out.print(
         Text.assemble(("Evaluation ", "bold"), f"{evaluation['model']} against {evaluation['reference']}, {sample}")

@@ -49,7 +49,7 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Show layers, bits, storage, memory and estimated time before any compute."""
-    from s2q.cli import console, output
+    from s2q.cli import console, next_steps, output
     from s2q.models.synthetic import SYNTHETIC_PREFIX
     from s2q.planning import gpus
     from s2q.planning import plan as make_plan
@@ -87,13 +87,22 @@ def plan(
     source = _with_loras(model, variant, loras) if loras else model
     if recipes:
         comparison = _compare(source, recipes, arguments)
-        output.emit_json(comparison) if as_json else output.show_recipes(comparison)
+        if as_json:
+            output.emit_json(comparison)
+        else:
+            output.show_recipes(comparison)
+            next_steps.say_next([["plan", "-m", model, "-r", "RECIPE"]])
         return
     planned = make_plan(source, recipe=recipe, **arguments)
     if measure:
         planned = _measured(planned, source, recipe, arguments, prompts=options.read_prompt_file(prompts))
     result = planned.to_dict()
-    output.emit_json(result) if as_json else output.show_plan(result)
+    if as_json:
+        output.emit_json(result)
+    else:
+        output.show_plan(result)
+        changes = arguments["overrides"]
+        next_steps.say_next(next_steps.after_plan(model, recipe, overrides=changes, variant=variant, loras=loras or ()))
 
 
 def _with_loras(model: str, variant: str | None, loras: Sequence[str]) -> "ModelSource":

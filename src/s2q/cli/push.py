@@ -32,7 +32,7 @@ def push(
     """Push a checkpoint to the Hub, private by default."""
     from huggingface_hub.utils import disable_progress_bars
 
-    from s2q.cli import console, output
+    from s2q.cli import console, next_steps, output
     from s2q.exports.push import push as run
     from s2q.models.hub import MAIN
     from s2q.report.formatting import format_bytes
@@ -65,5 +65,6 @@ def push(
             console.say(f"would be written: {file} ({format_bytes(size_bytes)})")
         for file in result["deleted"]:
             console.say(f"would be deleted: {file}")
+        next_steps.say_next([["push", model, repo]])
     else:
-        console.say(f"next: s2q generate -m {name} --prompt TEXT -o videos")
+        next_steps.say_next([next_steps.generate_with(name)])

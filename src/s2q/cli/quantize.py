@@ -1,6 +1,5 @@
 """`s2q quantize` and `s2q inspect`."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -88,16 +87,12 @@ def _say_next(
     device: str,
 ) -> None:
     """Show the commands that use the checkpoint, and a recipe with less error that costs the same."""
-    from s2q.cli import console, output
+    from s2q.cli import console, next_steps, output
     from s2q.planning import device_products, planned_widths
     from s2q.recipes.load import load_recipe
-    from s2q.shapes.embedded import EMBEDDED_NAMES
 
-    checkpoint, options = shlex.quote(str(out)), "" if variant is None else f" --variant {variant}"
-    judged = options if model in EMBEDDED_NAMES else f" --prompts FILE{options}"
-    judged += "".join(f" --lora {shlex.quote(lora)}" for lora in loras)
-    console.say(f"next: s2q generate -m {checkpoint} --prompt TEXT -o videos{options}")
-    console.say(f"      s2q eval -m {checkpoint} --reference {shlex.quote(model)}{judged} -o eval.json")
+    evaluate = next_steps.evaluate_with(out, model, variant=variant, loras=loras)
+    next_steps.say_next([next_steps.generate_with(out, variant=variant), evaluate])
     validated, products = load_recipe(recipe, overrides=overrides or ()), device_products(device)
     if products is not None and (same := planned_widths(validated, products).same_cost) is not None:
         console.say(output.same_cost_line(same, recipe))
@@ -112,11 +107,13 @@ def inspect(
     as_json: options.AsJson = False,
 ) -> None:
     """Show the contents of a checkpoint."""
-    from s2q.cli import output
+    from s2q.cli import next_steps, output
     from s2q.generation.load import inspect_model
 
     result = inspect_model(model, variant=variant, verify=verify)
     output.emit_json(result.to_dict()) if as_json else output.show_inspection(result.to_dict())
+    if not (as_json or result.problems):
+        next_steps.say_next([next_steps.generate_with(model, variant=variant)])
     if result.problems:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise InvalidInputError(f"{model} differs from its manifest: {result.problems[0]}{more}")

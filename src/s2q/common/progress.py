@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, its finished steps and its steps in all."""
+"""Called with the name of a stage, its finished steps and its steps in all; see `part_of` for parts of a stage."""
 
 Tick = Callable[[], None]
 """Called after each step."""
@@ -11,6 +11,19 @@ Tick = Callable[[], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def part_of(stage: str, part: str) -> str:
+    """Return the name under which one part of a stage is reported, "blocks: transformer_blocks.3".
+
+    Parts are in work side by side, in several workers; their steps are among those of the stage.
+    """
+    return f"{stage}: {part}"
+
+
+def is_part(stage: str) -> bool:
+    """Whether a name is that of a part of a stage."""
+    return ": " in stage
 
 
 class StageCounter:

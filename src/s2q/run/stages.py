@@ -31,7 +31,7 @@ from s2q.common.devices import peak_memory_bytes, reset_peak_memory
 from s2q.common.errors import InvalidInputError, memory_errors
 from s2q.common.fingerprint import fingerprint
 from s2q.common.memory import Offload
-from s2q.common.progress import Progress, silent
+from s2q.common.progress import Progress, part_of, silent
 from s2q.common.records import REPORT_VERSION
 from s2q.common.run_folder import RunFolder
 from s2q.common.versions import package_versions
@@ -246,9 +246,15 @@ class Run:
         def show_progress() -> None:
             self.progress("blocks", len(expected) * units - sum(left.values()), total)
 
+        def show_block(place: Place) -> None:
+            if units > 1:
+                name = part_of("blocks", _name_of_block(teacher, place))
+                self.progress(name, units - left[place], units)
+
         def unit_done(place: Place) -> None:
             left[place] = max(0, left[place] - 1)
             show_progress()
+            show_block(place)
 
         for transformer in teacher.transformers:
             for index, name in enumerate(transformer.block_names if component in (None, transformer.component) else ()):
@@ -273,6 +279,7 @@ class Run:
                         )
                     left[place] = 0
                     show_progress()
+                    show_block(place)
                     report(place, resumed=False)
         finally:
             for spilled in self.folder.path.glob(f"{SPILLED}*"):
@@ -280,9 +287,8 @@ class Run:
         finished.reports = {place: reports[place] for place in expected}
 
     def _report_block(self, runner: BlockRunner, place: Place, *, index: int, resumed: bool) -> BlockReport:
-        (transformer,) = (part for part in runner.teacher.transformers if part.component == place[0])
-        name, key = transformer.block_names[place[1]], transformer.artefact_name(place[1])
-        report = BlockReport(index=index, name=full_name(place[0], name), resumed=resumed, **self.folder.stats(key))
+        name, key = _name_of_block(runner.teacher, place), runner.teacher.transformer(place[0]).artefact_name(place[1])
+        report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.stats(key))
         self.folder.log("block", **{name: value for name, value in asdict(report).items() if name != "attention"})
         log_block(report, total=runner.teacher.block_count)
         return report
@@ -340,6 +346,11 @@ class Run:
         before = self.stages.get(stage, {"seconds": 0.0})
         self.stages[stage] = {"name": stage, "seconds": before["seconds"] + seconds, "peak_memory_bytes": peak}
         return result
+
+
+def _name_of_block(teacher: Teacher, place: Place) -> str:
+    component, index = place
+    return full_name(component, teacher.transformer(component).block_names[index])
 
 
 def inputs_of(

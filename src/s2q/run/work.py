@@ -140,8 +140,7 @@ class RunnerWork:
     def transformer(self, component: str) -> TeacherTransformer:
         """Return a transformer of the teacher."""
         assert self._runner is not None
-        by_component = {transformer.component: transformer for transformer in self._runner.teacher.transformers}
-        return by_component[component]
+        return self._runner.teacher.transformer(component)
 
     def close(self) -> None:
         """Remove activations from the disk."""

@@ -1,0 +1,83 @@
+"""Commands that usually follow a command, which it shows at its end; words in capitals are for the user to fill in."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2q.cli import console
+
+ACCURATE = "s2q-plus-w4a8"
+"""The recipe of choice (docs/choose.md)."""
+
+
+def say_next(commands: Sequence[Sequence[str]]) -> None:
+    """Show commands, one a line, as they are typed."""
+    for index, words in enumerate(commands):
+        console.say(f"{'      ' if index else 'next: '}{shlex.join(['s2q', *words])}")
+
+
+def generate_with(model: str | Path, *, variant: str | None = None) -> list[str]:
+    """Return the command that generates a video."""
+    return ["generate", "-m", str(model), "--prompt", "TEXT", "-o", "videos", *_variant(variant)]
+
+
+def evaluate_with(
+    model: str | Path, reference: str | None, *, variant: str | None = None, loras: Sequence[str] = ()
+) -> list[str]:
+    """Return the command that evaluates a model against full precision; MODEL in place of one that is not known."""
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    prompts = [] if reference in EMBEDDED_NAMES else ["--prompts", "FILE"]
+    adapters = [word for lora in loras for word in ("--lora", lora)]
+    pair = ["-m", str(model), "--reference", reference or "MODEL"]
+    return ["eval", *pair, *prompts, *_variant(variant), *adapters, "-o", "eval.json"]
+
+
+def after_plan(
+    model: str, recipe: str, *, overrides: Sequence[str], variant: str | None, loras: Sequence[str]
+) -> list[list[str]]:
+    """Quantize; the dimensions of a published model have no weights to quantize."""
+    from s2q.models.synthetic import SYNTHETIC_PREFIX
+
+    if model.startswith(SYNTHETIC_PREFIX):
+        return [["bench", "-m", model, "-r", recipe, "-o", "bench.json"]]
+    changes = [word for change in overrides for word in ("--set", change)]
+    adapters = [word for lora in loras for word in ("--lora", lora)]
+    return [["quantize", "-m", model, "-r", recipe, *changes, *_variant(variant), *adapters, "-o", "OUT"]]
+
+
+def after_generate(model: str, folder: Path, *, variant: str | None) -> list[list[str]]:
+    """Evaluate a checkpoint; quantize a full-precision model."""
+    from s2q.generation.defaults import checkpoint_record
+    from s2q.models.quantized import full_precision_origin
+
+    if not checkpoint_record(folder):
+        return [["quantize", "-m", model, "-r", ACCURATE, *_variant(variant), "-o", "OUT"]]
+    return [evaluate_with(model, full_precision_origin(folder), variant=variant)]
+
+
+def after_evaluate(model: str, reference: str, out: Path) -> list[list[str]]:
+    """Show the videos side by side; push a checkpoint of this machine."""
+    from s2q.checkpoint.manifest import MANIFEST
+
+    commands = [["compare", model, "-m", reference, "-o", "compared"]]
+    if (Path(model) / MANIFEST).exists():
+        commands.append(["push", model, "REPO_ID", "--eval", str(out)])
+    return commands
+
+
+def after_compare(result: Mapping[str, Any], out: Path) -> list[list[str]]:
+    """Generate with the checkpoint of the least velocity error, if there is one."""
+    from s2q.comparison.folder import CompareFolder
+
+    errors = {}
+    for entry in result["entries"]:
+        path = Path(entry["checkpoint"] or CompareFolder(out).checkpoint(entry["label"]))
+        if path.exists() and not entry["error"] and "velocity_relative_error" in entry["metrics"]:
+            errors[path] = entry["metrics"]["velocity_relative_error"]["mean"]
+    return [generate_with(min(errors, key=lambda path: errors[path]))] if errors else []
+
+
+def _variant(variant: str | None) -> list[str]:
+    return [] if variant is None else ["--variant", variant]

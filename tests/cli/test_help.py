@@ -1,0 +1,88 @@
+"""Help texts, their examples, and the commands that each command names as the next."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from s2q.cli import next_steps
+from s2q.cli.app import EXAMPLES, app
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def understood(words):
+    """The arguments as the command line reads them; raises where it does not."""
+    assert words[0] == "s2q"
+    return COMMANDS[words[1]].make_context(words[1], list(words[2:])).params
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_the_command_line_understands(name):
+    command = COMMANDS[name]
+    text = command.get_help(typer.Context(command, info_name=f"s2q {name}"))
+    for example in EXAMPLES[name]:
+        assert f"\n    {example}" in text
+        assert shlex.split(example)[1] == name
+        assert understood(shlex.split(example))
+    assert text.rstrip().endswith(EXAMPLES[name][-1])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json(name):
+    assert "--json" in {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+
+
+@pytest.fixture
+def said(capsys):
+    """Commands that were named as the next, each read by the command line."""
+
+    def read():
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("next: s2q ")
+        assert all(line.startswith("      s2q ") for line in lines[1:])
+        return [(shlex.split(line[6:])[1], understood(shlex.split(line[6:]))) for line in lines]
+
+    return read
+
+
+def test_a_plan_is_followed_by_its_run(said):
+    next_steps.say_next(next_steps.after_plan("a b", "r", overrides=["x=1"], variant="fp16", loras=["a.safetensors"]))
+    ((name, given),) = said()
+    assert name == "quantize"
+    assert (given["model"], given["recipe"], given["overrides"]) == ("a b", "r", ["x=1"])
+    assert (given["variant"], given["loras"]) == ("fp16", ["a.safetensors"])
+    next_steps.say_next(next_steps.after_plan("synthetic:wan-14b", "r", overrides=[], variant=None, loras=[]))
+    assert [name for name, _ in said()] == ["bench"], "there are no weights to quantize"
+
+
+def test_full_precision_videos_are_followed_by_quantizing_and_those_of_a_checkpoint_by_eval(said, checkpoint, tmp_path):
+    next_steps.say_next(next_steps.after_generate("model", tmp_path, variant=None))
+    assert [name for name, _ in said()] == ["quantize"]
+    next_steps.say_next(next_steps.after_generate(str(checkpoint), checkpoint, variant=None))
+    ((name, given),) = said()
+    assert name == "eval"
+    assert given["model"] == str(checkpoint)
+
+
+def test_an_evaluation_is_followed_by_videos_side_by_side_and_a_push(said, checkpoint):
+    next_steps.say_next(next_steps.after_evaluate(str(checkpoint), "shapes-wan", Path("eval.json")))
+    (compare, compared), (push, pushed) = said()
+    assert (compare, compared["entries"], compared["model"]) == ("compare", [str(checkpoint)], "shapes-wan")
+    assert (push, pushed["evaluation"]) == ("push", Path("eval.json"))
+    next_steps.say_next(next_steps.after_evaluate("acme/model", "shapes-wan", Path("eval.json")))
+    assert [name for name, _ in said()] == ["compare"], "it is on the Hub already"
+
+
+def test_a_comparison_is_followed_by_the_checkpoint_of_the_least_error(said, tmp_path):
+    for label in ("a", "b", "broken"):
+        (tmp_path / "checkpoints" / label).mkdir(parents=True)
+    entries = [
+        {"label": label, "checkpoint": None, "error": error, "metrics": {"velocity_relative_error": {"mean": mean}}}
+        for label, mean, error in (("a", 2.0, None), ("b", 1.0, None), ("broken", 0.5, "no"), ("peer", 0.1, None))
+    ]
+    next_steps.say_next(next_steps.after_compare({"entries": entries}, tmp_path))
+    ((name, given),) = said()
+    assert (name, given["model"]) == ("generate", str(tmp_path / "checkpoints" / "b"))
+    assert next_steps.after_compare({"entries": []}, tmp_path) == []
