@@ -1,4 +1,4 @@
-"""What a plan says of an allocation: what is allocated, and the most that it may take."""
+"""The allocation of a plan: its linears, and the most bytes that it may take."""
 
 from __future__ import annotations
 
