@@ -55,14 +55,8 @@ def plan(
     from s2q.planning import plan as make_plan
 
     console.quiet_libraries()
-    named = device.lower() in gpus()
-    if not named and device_memory is None:
-        device = options.resolve_device(device, others=tuple(gpus()))
-    elif not named:  # of a machine that need not be here, a GPU unless the CPU is named
-        options.check_device_name(device, others=tuple(gpus()))
-        device = "cuda" if device == "auto" else device
+    named, device = device.lower() in gpus(), _device_of(device, elsewhere=device_memory is not None)
     memory = options.read_size("--device-memory", device_memory)
-    budget = options.read_size("--memory-budget", memory_budget)
     if recipe is not None and recipes:
         raise UsageError(f"plan: got --recipe {recipe} and --recipes; add the name to --recipes, or omit these")
     if measure and recipes:
@@ -79,7 +73,7 @@ def plan(
         "overrides": options.with_generation(overrides, generation),
         "device": device,
         "device_memory": memory,
-        "memory_budget": budget,
+        "memory_budget": options.read_size("--memory-budget", memory_budget),
         "dtype": dtype,
         "variant": variant,
         "offload": offload,
@@ -103,6 +97,18 @@ def plan(
         output.show_plan(result)
         changes = arguments["overrides"]
         next_steps.say_next(next_steps.after_plan(model, recipe, overrides=changes, variant=variant, loras=loras or ()))
+
+
+def _device_of(device: str, *, elsewhere: bool) -> str:
+    """Return the device to plan for: of this machine, or one that need not be here, a GPU unless the CPU is named."""
+    from s2q.planning import gpus
+
+    if device.lower() in gpus():
+        return device
+    if not elsewhere:
+        return options.resolve_device(device, others=tuple(gpus()))
+    options.check_device_name(device, others=tuple(gpus()))
+    return "cuda" if device == "auto" else device
 
 
 def _with_loras(model: str, variant: str | None, loras: Sequence[str]) -> "ModelSource":
