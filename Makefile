@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
-# A process a core, each with one thread (tests/conftest.py).
+# The quick tests, 7 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)
 	@command -v chromium > /dev/null || echo "No chromium: tests of pages in a browser are skipped (apt-get install chromium)"

@@ -106,6 +106,7 @@ def test_import_is_light():
     assert run("import s2q, sys; print({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules))") == "set()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

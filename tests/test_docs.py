@@ -13,9 +13,15 @@ from yaml import safe_load
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+LONG_TABLES = ("choose.md", "real-models.md", "results.md")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def pages_with_marks():
+    """Pages with tables that take seconds are checked with the slow tests."""
+    return [pytest.param(page, marks=pytest.mark.slow) if page.name in LONG_TABLES else page for page in PAGES]
+
+
+@pytest.mark.parametrize("page", pages_with_marks(), ids=lambda page: page.name)
 def test_tables_are_those_of_the_results_files(page):
     text = page.read_text()
     assert tables.filled(text) == text, f"{page.name} is out of date; run python benchmarks/tables.py"

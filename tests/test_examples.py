@@ -159,6 +159,7 @@ def checkpoint_and_lora(tiny_model, tmp_path):
     return tmp_path / "checkpoint", lora
 
 
+@pytest.mark.slow
 def test_an_own_recipe_is_compared_with_the_one_that_it_extends(embedded_tiny, tmp_path, no_encoding):
     script = example("own_recipe")
     compared = script.main(embedded_tiny, tmp_path / "out", overrides=["distillation.epochs=1"], samples=2, **FEW)
@@ -168,6 +169,7 @@ def test_an_own_recipe_is_compared_with_the_one_that_it_extends(embedded_tiny, t
     assert {layer.scheme for layer in recipe.layers if layer.name.startswith("transformer_blocks.0.")} == {"fp32"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_tool_is_compared(embedded_tiny, tmp_path, no_encoding):
     compared = example("other_tool").main(embedded_tiny, None, tmp_path / "out", recipe="convrot-w4a8", **FEW)
     errors = [entry["metrics"]["velocity_relative_error"]["mean"] for entry in compared["entries"]]

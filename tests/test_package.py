@@ -43,6 +43,7 @@ def python(installed, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -52,12 +53,14 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
     assert names == {name.removeprefix("src/") for name in listed.stdout.split("\n") if name}
 
 
+@pytest.mark.slow
 def test_the_size_of_the_wheel_is_that_of_the_page(wheel):
     stated = re.search(r"The wheel has (\d+) MB", (ROOT / "docs" / "quickstart.md").read_text())
     assert stated is not None
     assert abs(wheel.stat().st_size / 1e6 - int(stated[1])) < 1
 
 
+@pytest.mark.slow
 def test_models_and_recipes_are_in_the_wheel(installed):
     code = (
         "import s2q\n"
@@ -73,6 +76,7 @@ def test_models_and_recipes_are_in_the_wheel(installed):
     assert "shapes-wan with rtn-w4a8" in planned
 
 
+@pytest.mark.slow
 def test_the_import_takes_less_than_300_ms_and_no_torch(installed):
     code = (
         "import sys, time; start = time.process_time(); import s2q\n"

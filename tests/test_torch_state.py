@@ -105,6 +105,7 @@ def plain_outcomes(model, plain):
     return outcomes(model, plain[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["default bfloat16", "default device", "autocast float16", "everything"])
 def test_the_other_verbs_give_the_same(model, plain, plain_outcomes, state):
     with STATES[state]():

@@ -141,6 +141,7 @@ def test_a_step_of_two_lists_of_blocks():
     assert sum(one["breakdown"].values()) == pytest.approx(one["milliseconds"])
 
 
+@pytest.mark.slow
 def test_fp32_bf16_and_quantized_side_by_side(folder):
     case = pipeline_step_case(resolve_model(folder), settings("s2q-w4a6", "rtn-w4a16"))
     entries = measured(case)
@@ -157,6 +158,7 @@ def test_fp32_bf16_and_quantized_side_by_side(folder):
         assert one["video_tokens"] == one["tokens"] == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_its_own_linears(folder, tmp_path):
     import s2q
 

@@ -38,6 +38,7 @@ def test_the_cpu_passes_and_what_needs_a_gpu_says_why():
     assert by_backend(tests, "reference") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in OPS.items() if "cpu" in case.backends and " " not in name])
 def test_a_backend_that_computes_something_else_fails(monkeypatch, name):
     right = OPS[name].backends["cpu"]
@@ -84,6 +85,7 @@ def test_the_case_of_fp4_computes_the_product_that_is_simulated(monkeypatch):
     assert by_backend(self_tests("cpu"), "fp4")["linear nvfp4"].reason.startswith("InvalidInputError")
 
 
+@pytest.mark.slow
 def test_the_state_of_the_caller_changes_nothing():
     before = [replace(test, seconds=0.0) for test in self_tests("cpu")]
     torch.manual_seed(5)

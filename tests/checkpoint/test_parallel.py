@@ -40,6 +40,7 @@ def generate_a_part(rank, checkpoint, rendezvous, result):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_tokens_of_a_video(tmp_path):
     pipe = tiny_pipeline(FAMILY)
     s2q.quantize(pipe, recipe="rtn-w4a8", out=tmp_path / "checkpoint", overrides=["attention.num_bits=8"])

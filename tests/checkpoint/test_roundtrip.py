@@ -361,6 +361,7 @@ def test_quantizing_while_loading_is_refused(tmp_path):
         CogVideoXTransformer3DModel.from_pretrained(tmp_path, quantization_config=config)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_output(checkpoint, expected):
     transformer = load(checkpoint, **FP32)
     for block in transformer.transformer_blocks:
@@ -378,6 +379,7 @@ def test_no_pickle_and_no_path_of_this_machine(checkpoint, tmp_path_factory):
             assert str(tmp_path_factory.getbasetemp()) not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["import s2q; from diffusers import CogVideoXPipeline", "from diffusers import CogVideoXPipeline; import s2q"],

@@ -163,6 +163,7 @@ def test_weights_in_shards_are_loaded(tmp_path):
     assert torch.isfinite(embeddings(s2q.load(tmp_path / "out").text_encoder)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import s2q; import transformers as t", "import transformers as t; import s2q"])
 def test_transformers_alone_loads_an_encoder_in_either_order_of_imports(wan, order):
     code = f"{order}; e = t.UMT5EncoderModel.from_pretrained(r'{wan / 'text_encoder'}'); print(e.hf_quantizer)"

@@ -1,10 +1,13 @@
 import json
 
+import pytest
+
 from s2q.cli import run
 
 FAST = ["--num-prompts", "2", "--seeds", "1", "--steps", "2", "--height", "16", "--width", "16"]
 
 
+@pytest.mark.slow
 def test_recipes_after_a_flag_and_as_arguments(embedded_tiny, tmp_path, capsys):
     out = tmp_path / "comparison"
     assert run(["compare", "--recipes", "rtn-w4a6", "rtn-w8a8", "-o", str(out), *FAST]) == 0
@@ -23,6 +26,7 @@ def test_recipes_after_a_flag_and_as_arguments(embedded_tiny, tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_calibrated_recipe_with_a_smaller_budget(embedded_tiny, tmp_path, capsys):
     arguments = ["compare", "s2q-w4a6", "rtn-w4a6", "-o", str(tmp_path / "out"), "--json", *FAST, "--samples", "2"]
     changes = ["distillation.epochs=1", "calibration.n_prompts=1", "calibration.steps=2"]

@@ -39,6 +39,7 @@ def test_doctor_shows_devices_backends_versions_and_needs(capsys):
     assert f"cpu cpu passed {ops} of {ops}" in shown
 
 
+@pytest.mark.slow
 def test_a_failed_self_test_ends_with_exit_code_1_and_names_it(capsys, monkeypatch):
     monkeypatch.setitem(level_values.BACKENDS, "cpu", lambda levels, packed, *args, **kwargs: packed)
     assert run(["doctor", "--device", "cpu", "--json"]) == 1
@@ -50,6 +51,7 @@ def test_a_failed_self_test_ends_with_exit_code_1_and_names_it(capsys, monkeypat
     assert len(captured.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_listed_with_its_remedy(capsys, monkeypatch):
     def missing():
         raise RuntimeError("No ffmpeg exe could be found")

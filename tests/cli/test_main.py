@@ -135,6 +135,7 @@ def test_waiting_threads_sleep_unless_the_user_chose(chosen):
     assert environment == {"OMP_NUM_THREADS": "2", **(chosen or {"GOMP_SPINCOUNT": SPINS})}
 
 
+@pytest.mark.slow
 def test_the_command_sets_it_before_torch_is_there_and_the_library_never():
     unset = {name: value for name, value in os.environ.items() if name not in WAITING}
     library = "import os, s2q, s2q.generation.load; print(os.environ.get('GOMP_SPINCOUNT'))"

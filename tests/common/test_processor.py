@@ -98,6 +98,7 @@ def test_without_pytorch_s_word_the_system_tells_the_same(monkeypatch):
         processor._flags.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not processor.is_x86(), reason="only x86 CPUs can be capped")
 def test_a_capped_process_knows_it():
     code = "from s2q.common import processor as p; print(p.instruction_set(), p.has_int8_dot())"

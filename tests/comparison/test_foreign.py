@@ -110,6 +110,7 @@ def bytes_of(folder):
     return sum(tensor.nbytes for tensor in load_file(weights).values())
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_is_ranked_among_its_width_with_its_bytes(foreign, tiny_model, tmp_path, monkeypatch):
     from s2q.comparison import pages
 

@@ -76,6 +76,7 @@ def adapted(tmp_path):
     return with_loras(resolve_model(tmp_path / "model"), [str(high), f"transformer_2={low}:2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan-outliers", "with adapters"]
 )
@@ -105,6 +106,7 @@ def test_a_peer_gets_the_weights_that_loading_gives(model, request, monkeypatch)
         assert all(torch.equal(weights[name], tensor) for name, tensor in transformer.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_worker_checks_adapters_once_for_all_its_shards(tool, adapted, tmp_path, monkeypatch):
     fits, built = setup.with_loras, []
     monkeypatch.setattr(setup, "SHARD_PROMPTS", 1)
@@ -124,6 +126,7 @@ def test_a_worker_checks_adapters_once_for_all_its_shards(tool, adapted, tmp_pat
     assert len(built) == 2, "before any compute, and in the worker"
 
 
+@pytest.mark.slow
 def test_a_peer_is_ranked_among_its_width_and_is_asked_for_its_cost_once(tool, tiny_model, tmp_path, monkeypatch):
     arguments = {"model": tiny_model, "out": tmp_path / "out", "prompts": ["a"], "seeds": [0], **SETTINGS}
     arguments |= {"peers": ["all"], "metrics": ["psnr", "velocity"]}

@@ -116,6 +116,7 @@ def test_a_pattern_replaces_the_index_of_the_block_alone(name, pattern):
     assert pattern_of(name) == pattern
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_the_kinds_with_the_largest_error_first(folders, student, errors):
     full, quantized = folders
     settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "seeds": [0, 3], "workers": 1}

@@ -372,6 +372,7 @@ def test_evaluations_and_videos_of_others_are_refused(hub, checkpoint, measured,
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_the_command_pushes_and_a_revision_is_loaded_from_the_hub(checkpoint, measured, tmp_path):
     code = (
         "import json, sys\n"

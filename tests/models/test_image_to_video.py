@@ -31,6 +31,8 @@ from s2q.shapes import embedded
 from tiny import image_prompts, tiny_pipeline, video_size, video_to_video
 from tiny_families import IMAGE_TO_VIDEO
 
+QUICK = ("cogvideox image", "wan image")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in IMAGE_TO_VIDEO]
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}
 
 
@@ -94,7 +96,7 @@ def file_of(folder, *texts):
     return path
 
 
-@pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
+@pytest.mark.parametrize("name", EACH)
 def test_the_image_decides_the_video_and_what_is_recorded(name):
     pipe = tiny_pipeline(name, num_layers=2)
     settings = resolve_settings(pipe, requested={"num_inference_steps": 3, **video_size(pipe)})
@@ -113,7 +115,7 @@ def test_the_image_decides_the_video_and_what_is_recorded(name):
     ]
 
 
-@pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
+@pytest.mark.parametrize("name", EACH)
 def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
     pipe = tiny_pipeline(name)
     overrides, size = size_of(pipe)
@@ -171,6 +173,7 @@ def test_the_first_frame_is_compared_with_the_image_that_the_pipeline_encodes(na
     assert starting_image(pipe, "text alone", height=16, width=16) is None
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_tokens_of_the_image_and_measures_with_one(model, capsys):
     pipe = DiffusionPipeline.from_pretrained(model)
     has_tokens = getattr(pipe.transformer.config, "image_dim", None) is not None
@@ -201,6 +204,7 @@ def test_a_prompt_without_an_image_is_refused_before_any_step(model, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
+@pytest.mark.slow
 def test_a_comparison_takes_images(model, tmp_path, no_encoding, forked_workers):
     prompts = read_prompts(file_of(tmp_path, "a red one"))
     options = {"model": model, "out": tmp_path / "out", "seeds": [0], **CALL}
@@ -274,6 +278,7 @@ def test_wan_has_linears_for_the_tokens_of_an_image_in_its_cross_attention_alone
     assert len(listed) == 2 * 12
 
 
+@pytest.mark.slow
 def test_the_embedded_model_needs_no_image_for_captions(tmp_path, monkeypatch, no_encoding, capsys):
     folder, caption = tmp_path / "model", "a red circle moving left on a grey background"
     tiny_pipeline("wan image").save_pretrained(folder)

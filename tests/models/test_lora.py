@@ -320,6 +320,7 @@ def test_a_relative_path_is_kept_for_workers_in_other_folders(cogvideox, tmp_pat
     assert parse_lora(str(lora)) == lora
 
 
+@pytest.mark.slow
 def test_a_comparison_has_the_adapter_on_both_sides(cogvideox, tmp_path, monkeypatch):
     from s2q.comparison import pages
     from s2q.report import compare_page

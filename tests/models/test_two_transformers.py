@@ -257,6 +257,7 @@ def test_what_is_written_generates_what_was_computed(run):
     assert not torch.equal(latents(mixed), found)  # the second one matters too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_killed_run_goes_on_with_the_same_result(model, run, tmp_path, monkeypatch, stop_after, limit):
     out = tmp_path / "out"
@@ -269,6 +270,7 @@ def test_a_killed_run_goes_on_with_the_same_result(model, run, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "computed"),
     [
@@ -293,6 +295,7 @@ def test_only_blocks_with_other_weights_are_rounded_again(model, tmp_path, monke
     assert stop_after["computed"] == computed
 
 
+@pytest.mark.slow
 def test_another_boundary_is_another_calibration(model, tmp_path, stop_after):
     out = tmp_path / "out"
     interrupted(stop_after, 2, lambda: calibrated(model, out))
@@ -327,6 +330,7 @@ def test_samples_are_counted_for_each_transformer(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", COMPONENTS)
 def test_one_of_the_two_can_be_left_as_it_is(model, tmp_path, left):
     kept = COMPONENTS.index(left)

@@ -88,6 +88,7 @@ def test_copies_follow_their_own_calls():
     assert torch.equal(other(*second), expected(*second, grid(2)))
 
 
+@pytest.mark.slow
 def test_a_compiled_transformer_follows_too():
     transformer = Transformer()
     follow_tokens(transformer, LAYOUT)
@@ -335,6 +336,7 @@ def test_a_block_that_somebody_else_recomputes_is_refused_not_guessed():
     assert right(other, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [True, False], ids=["blocks", "whole"])
 def test_compiled_calls_of_several_sizes_nested_and_in_threads(regional):
     transformer = following()

@@ -12,6 +12,7 @@ from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_ma
 from s2q.ops.architectures import SHARED_BYTES, nearest_architecture
 
 
+@pytest.mark.slow
 def test_packages_import_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -118,6 +118,7 @@ def test_a_run_killed_in_the_second_transformer_resumes_with_the_same_bytes(pair
         assert weights(tmp_path / "out", component) == weights(quantized[0], component)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["skip=['condition_embedder.*']", "attention.num_bits=8"])
 def test_a_resumed_run_collects_again_where_the_first_is_quantized_otherwise(
     pair, folder, tmp_path, monkeypatch, change

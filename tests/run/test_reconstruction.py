@@ -158,6 +158,7 @@ def files_of(out):
     return {name: content for name, content in files.items() if name not in timed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["cogvideox", "wan"])
 @pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
 def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, interrupt, model, recipe):

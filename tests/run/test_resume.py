@@ -83,6 +83,7 @@ def run_until_killed(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "resumed"),
     [("s2q.run.runner.quantize_block", 1, 1), ("s2q.checkpoint.save.write_manifest", 0, 3)],

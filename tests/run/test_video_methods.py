@@ -281,6 +281,7 @@ def test_pipelines_that_share_components_generate_in_threads_what_they_do_alone(
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["deltaquant-w4a4", "q-vdit-w4a4"])
 def test_gradients_of_an_adapter_are_the_same_checkpointed_over_two_sizes(run, recipe):
     peft = pytest.importorskip("peft")

@@ -26,6 +26,7 @@ def drawn(*chosen):
     return Image.open(io.BytesIO(selection_plot(record(*chosen)))).convert("RGB")
 
 
+@pytest.mark.slow
 def test_the_plot_is_a_picture_that_depends_on_what_was_chosen():
     one, other = drawn((0, 1), (2, 3)), drawn((0, 1), (2, 4))
     assert one.size == other.size

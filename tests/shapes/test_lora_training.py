@@ -31,6 +31,7 @@ def test_captions_keep_the_old_words():
         assert detect(video).colour == PAINTED[word]
 
 
+@pytest.mark.slow
 def test_training_makes_an_adapter_that_fits_the_model_and_changes_nothing_else(tmp_path):
     settings = replace(SETTINGS, steps=3, batch_size=4, warmup_steps=1)
     file = train_lora(tmp_path / "work", tmp_path / "adapter", settings=settings, pool_size=8)
