@@ -11,6 +11,7 @@ from s2q.common.components import TRANSFORMERS
 from s2q.core.packing import packed_width
 from s2q.evaluation.paper import paper_tables
 from s2q.models import FAMILIES
+from s2q.models.family import ImageToVideo
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import plan
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
@@ -198,15 +199,23 @@ def commands_of(name: str) -> str:
     planned = (
         "" if entry["synthetic"] is None else f"s2q plan -m synthetic:{entry['synthetic']} -r s2q-w4a6{settings}\n"
     )
-    judging = f"s2q eval -m {out} --reference {entry['hub']} --prompts judged.txt --seeds 1"
+    kind = "txt" if image_to_video_of(name) is None else "jsonl"
+    judging = f"s2q eval -m {out} --reference {entry['hub']} --prompts judged.{kind} --seeds 1"
     shell = [
         f"{planned}s2q plan -m {entry['hub']} -r s2q-w4a6 --dtype {entry['dtype']}{settings}",
         _broken(
-            f"s2q quantize -m {entry['hub']} -r s2q-w4a6 -o {out} --prompts calibration.txt", same + settings, where
+            f"s2q quantize -m {entry['hub']} -r s2q-w4a6 -o {out} --prompts calibration.{kind}", same + settings, where
         ),
         _broken(judging, same, f"{where} -o {name}-eval.json"),
     ]
     return "\n".join(["```", *shell, "```"])
+
+
+def image_to_video_of(name: str) -> ImageToVideo | None:
+    """Return what is known of a model's pipeline if that takes an image; None for text to video."""
+    pipeline = published_models()[name]["pipeline"]
+    known = (family.image_to_video for family in FAMILIES.values())
+    return next((one for one in known if one is not None and one.pipeline_class == pipeline), None)
 
 
 def generation_options(name: str) -> str:
@@ -225,20 +234,28 @@ def _broken(*parts: str) -> str:
 
 def python_of(name: str) -> str:
     """Return the Python that loads and runs the checkpoint of a model of `published.yaml`."""
-    entry = published_models()[name]
-    arguments = "".join(f"    {key}={value},\n" for key, value in entry["call"].items())
+    entry, known = published_models()[name], image_to_video_of(name)
+    call = dict(entry["call"])
+    files: tuple[str, ...] = ()
+    if known is not None:
+        call = {known.frames_argument if key == "num_frames" else key: value for key, value in call.items()}
+        files = ('image=load_image("image.png")', *(f'{video}=load_video("{video}.mp4")' for video in known.videos))
+    loaders = "".join(f", {loader}" for loader in ("load_image", "load_video") if any(loader in one for one in files))
+    subject = 'prompt="a man waves"' if files else '"a cat walking over wet grass"'
+    arguments = "".join(
+        f"    {text},\n" for text in (subject, *files, *(f"{key}={value}" for key, value in call.items()))
+    )
     return f'''```python
 import torch
 
 import s2q  # registers the quantizer with diffusers
 from diffusers import {entry["pipeline"]}
-from diffusers.utils import export_to_video
+from diffusers.utils import export_to_video{loaders}
 
 pipe = {entry["pipeline"]}.from_pretrained("{name}-w4a6", dtype=torch.{entry["dtype"]})
 pipe.enable_model_cpu_offload()
 pipe.vae.enable_tiling()
 video = pipe(
-    "a cat walking over wet grass",
 {arguments}).frames[0]
 export_to_video(video, "video.mp4", fps={entry["fps"]})
 ```'''

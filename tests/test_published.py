@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import typer
 from published import planned_peak, published_models, python_of
@@ -15,7 +16,8 @@ from s2q.cli.app import app
 from s2q.models import FAMILIES
 from s2q.models.synthetic import synthetic_names
 from s2q.recipes.load import load_recipe
-from tiny import tiny_pipeline, video_size
+from s2q.report.video import encode_mp4
+from tiny import moving_square, tiny_pipeline, video_size
 
 PAGE = (Path(__file__).parent.parent / "docs" / "real-models.md").read_text()
 PIPELINES = {
@@ -25,6 +27,7 @@ PIPELINES = {
     "LTX2Pipeline": "ltx-2",
     "MochiPipeline": "mochi",
     "SkyReelsV2Pipeline": "skyreels-v2",
+    "WanAnimatePipeline": "wan-animate image",
     "WanPipeline": "wan",
     "WanVACEPipeline": "wan-vace",
 }
@@ -91,9 +94,17 @@ def test_the_python_of_the_page_runs(pipeline, tmp_path, monkeypatch):
     small = {**video_size(pipe), "num_inference_steps": 2}
     if pipeline == "CogVideoXPipeline":
         small["max_sequence_length"] = 16
-    call = "".join(f"    {key}={value},\n" for key, value in entry["call"].items())
+    given, sizes = dict(entry["call"]), dict(small)
+    if pipeline == "WanAnimatePipeline":
+        given["segment_frame_length"], sizes["segment_frame_length"] = given.pop("num_frames"), sizes.pop("num_frames")
+        given = {"segment_frame_length": given.pop("segment_frame_length"), **given}
+        frames = moving_square("red")
+        frames[0].save("image.png")
+        for name_of_video in ("pose_video", "face_video"):
+            Path(f"{name_of_video}.mp4").write_bytes(encode_mp4(np.stack([np.array(frame) for frame in frames])))
+    call = "".join(f"    {key}={value},\n" for key, value in given.items())
     assert call in code.group(1)
-    tiny = code.group(1).replace(call, "".join(f"    {key}={value},\n" for key, value in small.items()))
+    tiny = code.group(1).replace(call, "".join(f"    {key}={value},\n" for key, value in sizes.items()))
     tiny = tiny.replace(f'"{name}-w4a6"', '"checkpoint"').replace(f"torch.{entry['dtype']}", "torch.float32")
     tiny = tiny.replace("pipe.enable_model_cpu_offload()\n", "").replace("a cat walking over wet grass", "a cat")
     exec(compile(tiny, "real-models.md", "exec"), {})

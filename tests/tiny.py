@@ -12,6 +12,8 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXVideoToVideoPipeline, DiffusionPipeline
 from PIL import Image
 
+from s2q.generation.conditioning import image_to_video, takes_batches
+from s2q.generation.prompts import Prompt, prompt_list
 from s2q.generation.settings import prompt_token_limit, vae_factors
 from s2q.models import family_of
 from s2q.models.synthetic import SyntheticModel, synthetic_model
@@ -105,19 +107,35 @@ def video_size(pipe: DiffusionPipeline) -> dict[str, int]:
     return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
 
 
-def image_prompts(*texts: str) -> list[dict[str, Any]]:
-    """Prompts with an image each: a square of another colour in a corner."""
+def image_prompts(*texts: str, pipe: DiffusionPipeline | None = None) -> list[dict[str, Any]]:
+    """Prompts with an image each, a square of another colour in a corner, and the videos that the pipeline needs."""
+    known = None if pipe is None else image_to_video(pipe)
+    videos = () if known is None else known.videos
     prompts = []
     for text, colour in zip(texts, ("red", "blue", "green", "white"), strict=False):
-        image = Image.new("RGB", (40, 24))
-        image.paste(colour, (0, 0, 20, 12))
-        prompts.append({"prompt": text, "image": image})
+        prompts.append({"prompt": text, "image": _square(colour, 0)} | {name: moving_square(colour) for name in videos})
     return prompts
 
 
-def prompts_of_a_call(pipe: DiffusionPipeline) -> list[str]:
+def moving_square(colour: str, *, frames: int = 9) -> list[Image.Image]:
+    """The frames of a video: a square that moves to the right."""
+    return [_square(colour, 2 * frame) for frame in range(frames)]
+
+
+def _square(colour: str, left: int) -> Image.Image:
+    image = Image.new("RGB", (40, 24))
+    image.paste(colour, (left, 0, left + 20, 12))
+    return image
+
+
+def prompts_for(pipe: DiffusionPipeline, *texts: str) -> list[Prompt]:
+    """Prompts of texts, with the images and videos that the pipeline needs."""
+    return prompt_list("prompts", texts if image_to_video(pipe) is None else image_prompts(*texts, pipe=pipe))
+
+
+def prompts_of_a_call(pipe: DiffusionPipeline) -> list[Prompt]:
     """Two prompts, or one where the pipeline takes one a call."""
-    return ["red", "blue"][: 2 if family_of(pipe.transformer).takes_batches else 1]
+    return prompts_for(pipe, "red", "blue")[: 2 if takes_batches(pipe) else 1]
 
 
 def tiny_call(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -162,13 +180,19 @@ def shrunken(name: str) -> SyntheticModel:
     model = synthetic_model(name)
     small = {"num_attention_heads": 2, "attention_head_dim": 48}
     others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
-    others |= {"audio_cross_attention_dim": 48}
+    others |= {"audio_cross_attention_dim": 48, "added_kv_proj_dim": 96}
     small |= {key: size for key, size in others.items() if key in model.config}
     for argument in (blocks.argument for blocks in model.block_lists):
         small[argument] = [0, 1] if isinstance(model.config[argument], list) else 2
     lists = tuple(replace(one, count=2) for one in model.block_lists)
     return replace(
-        model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6, audio_tokens=4
+        model,
+        config=dict(model.config) | small,
+        block_lists=lists,
+        tokens=10,
+        text_tokens=512 if model.image_tokens else 6,  # Wan's blocks take the last 512 for those of the text
+        image_tokens=min(model.image_tokens, 5),
+        audio_tokens=4,
     )
 
 

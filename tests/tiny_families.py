@@ -423,6 +423,24 @@ FAMILIES |= {
     # The image is the first latent frame, whose tokens have the timestep 0.
     "wan 2.2 5b image": replace(_WAN, pipeline=d.WanImageToVideoPipeline, options={"expand_timesteps": True}),
     "wan 2.2 a14b image": replace(_WAN_IMAGE, options={"boundary_ratio": 0.9}),
+    # Videos of poses and of a face beside the image, attention to the face's motion behind each block.
+    "wan-animate image": replace(
+        FAMILIES["wan image"],
+        pipeline=d.WanAnimatePipeline,
+        transformer=d.WanAnimateTransformer3DModel,
+        config=FAMILIES["wan image"].config
+        | {
+            "latent_channels": 4,
+            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+            "motion_encoder_size": 16,
+            "motion_style_dim": 8,
+            "motion_dim": 4,
+            "motion_encoder_dim": 16,
+            "face_encoder_hidden_dim": 16,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 1,
+        },
+    ),
 }
 IMAGE_TO_VIDEO = tuple(name for name in FAMILIES if name.endswith("image"))
 TEXT_TO_VIDEO = tuple(name for name in FAMILIES if name not in IMAGE_TO_VIDEO)

@@ -10,7 +10,8 @@ pytestmark = pytest.mark.gpu
 
 
 def test_every_family_is_tested():
-    assert {family.name for family in FAMILIES.values()} <= set(runs.MODELS)
+    of_text = (one for one in FAMILIES.values() if not (one.image_to_video and one.image_to_video.videos))
+    assert {family.name for family in of_text} <= set(runs.MODELS)
 
 
 @pytest.mark.parametrize(("recipe", "model"), runs.pairs(["s2q-w4a6", "s2q-plus-w4a6"], runs.MODELS))

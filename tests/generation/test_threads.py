@@ -20,8 +20,8 @@ from s2q.planning.workload import workload_of
 from s2q.run.quantize import quantize
 from s2q.selection.options import Calibration
 from states import STATES
-from tiny import image_prompts, tiny_pipeline, video_size
-from tiny_families import FAMILIES, IMAGE_TO_VIDEO
+from tiny import prompts_for, tiny_pipeline, video_size
+from tiny_families import FAMILIES
 
 THREADS = 4
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -107,7 +107,7 @@ def test_another_thread_may_change_default_dtype_and_random_numbers(name):
     def latents():
         return generate(pipe, prompts=prompts, **settings)[0].latents
 
-    prompts = image_prompts("a") if name in IMAGE_TO_VIDEO else ["a"]
+    prompts = prompts_for(pipe, "a")
     expected, stop = latents(), threading.Event()
 
     def change():

@@ -21,6 +21,7 @@ PARAMETERS = {  # of the published weights
     "ltx-2b": 1_923_385_472,
     "skyreels-v2-14b": 14_288_491_584,
     "wan-1.3b": 1_418_996_800,
+    "wan-animate-14b": 17_274_816_884,
     "wan-a14b": 14_288_491_584,  # of each of two
     "wan-14b": 14_288_491_584,
     "wan-vace-14b": 17_337_592_896,
@@ -45,6 +46,7 @@ def test_the_published_parameter_counts():
         ("ltx-2b", 7_392, 128, 28 * 10),
         ("skyreels-v2-14b", 51_000, 512, 40 * 10),
         ("wan-1.3b", 32_760, 512, 30 * 10),
+        ("wan-animate-14b", 75_600, 512, 40 * 12),
         ("wan-a14b", 32_760, 512, 40 * 10),
         ("wan-14b", 32_760, 512, 40 * 10),
         ("wan-vace-14b", 32_760, 512, 40 * 10 + 8 * 11 + 1),

@@ -171,6 +171,11 @@ def _wan_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable
     return {"temb": normal(batch, 6, model.heads * model.head_dim), "rotary_emb": (angles.cos(), angles.sin())}
 
 
+def _wan_image_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    text = normal(batch, model.image_tokens + model.text_tokens, model.heads * model.head_dim)
+    return {**_wan_inputs(model, batch, tokens, normal), "encoder_hidden_states": text}
+
+
 def _skyreels_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
     return {**_wan_inputs(model, batch, tokens, normal), "attention_mask": None}
 
@@ -222,6 +227,7 @@ BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "ltx-2": _ltx2_inputs,
     "skyreels": _skyreels_inputs,
     "wan": _wan_inputs,
+    "wan-image": _wan_image_inputs,
     "wan-vace": _wan_vace_inputs,
 }
 """Arguments of a block besides its two streams, by family: a function of model, B, N and a noise source."""

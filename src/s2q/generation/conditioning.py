@@ -1,6 +1,6 @@
-"""Conditioning of the videos of a pipeline: text alone, or text and an image; arguments of its call for that.
+"""Conditioning of the videos of a pipeline: text alone, or text, an image and other videos; arguments of its call.
 
-An image-to-video pipeline makes one video a call, from one image, which it resizes itself.
+A pipeline with an image makes one video a call, from one image, which it resizes itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.common.versions import is_installed
 from s2q.generation.prompts import ConditioningImage, Prompt, prompt_list
+from s2q.generation.videos import still
 from s2q.models import family_of
 from s2q.models.family import ImageToVideo
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def image_to_video(pipe: Any) -> ImageToVideo | None:
-    """Return what is known of an image-to-video pipeline of its family; None for any other pipeline."""
+    """Return what is known of a pipeline of its family that takes an image; None for any other pipeline."""
     known = family_of(pipe.transformer).image_to_video
     return known if known is not None and known.pipeline_class in _class_names(pipe) else None
 
@@ -36,9 +37,9 @@ def check_supported(pipe: Any) -> None:
     """Refuse a pipeline that needs something else, a video or a mask, and one whose call needs a missing package."""
     if not is_supported(pipe):
         family = family_of(pipe.transformer)
-        classes = [family.pipeline_class]
+        classes = {family.pipeline_class: None}
         if family.image_to_video is not None:
-            classes.append(family.image_to_video.pipeline_class)
+            classes[family.image_to_video.pipeline_class] = None
         raise InvalidInputError(
             f"{type(pipe).__name__}: s2q generates and calibrates with {' or '.join(classes)} only; use a recipe "
             "without calibration and call the loaded pipeline in Python, or load the model in one of these"
@@ -52,21 +53,46 @@ def check_supported(pipe: Any) -> None:
         )
 
 
-def check_image(pipe: Any, where: str, prompt: Prompt) -> None:
-    """Refuse a prompt without an image where the pipeline needs one, and one with an image where it takes none."""
-    needs = image_to_video(pipe) is not None
-    if needs and prompt.image is None:
-        raise InvalidInputError(
-            f"{where}: has no image; {type(pipe).__name__} needs an image per prompt: a .jsonl file with "
-            '{"prompt": ..., "image": PATH} a line (prompts=[{"prompt": ..., "image": ...}] in Python)'
-        )
-    if not needs and prompt.image is not None:
-        raise InvalidInputError(f"{where}: image: {type(pipe).__name__} generates from text alone; remove it")
+def check_conditioning(pipe: Any, where: str, prompt: Prompt, *, num_frames: int) -> None:
+    """Refuse a prompt without an image or a video that the pipeline needs, and one with some that it does not take."""
+    known, name = image_to_video(pipe), type(pipe).__name__
+    if known is None:
+        for kind in ("image",) if prompt.image is not None else tuple(prompt.videos):
+            raise InvalidInputError(f"{where}: {kind}: {name} generates from text alone; remove it")
+        return
+    needed = ("image", *known.videos)
+    given = {**({} if prompt.image is None else {"image": prompt.image}), **prompt.videos}
+    for kind in needed:
+        if kind not in given:
+            keys = ", ".join(f'"{key}": PATH' for key in needed)
+            raise InvalidInputError(
+                f"{where}: has no {kind}; {name} needs {'an image' if kind == 'image' else 'that'} per prompt: a "
+                f'.jsonl file with {{"prompt": ..., {keys}}} a line ({_in_python(needed)} in Python)'
+            )
+    further = [kind for kind in known.further_videos if kind in given]
+    if further and len(further) < len(known.further_videos):
+        missing = " and ".join(kind for kind in known.further_videos if kind not in given)
+        raise InvalidInputError(f"{where}: {further[0]}: {name} takes it with {missing} only; add that, or remove it")
+    for kind, video in prompt.videos.items():
+        if kind not in (*known.videos, *known.further_videos):
+            raise InvalidInputError(f"{where}: {kind}: {name} does not take it; remove it")
+        if video.count is not None and video.count < num_frames:
+            raise InvalidInputError(
+                f"{where}: {kind}: {video.name} has {video.count} frames; expected at least the {num_frames} of the "
+                "video: use a longer one, or a smaller num_frames"
+            )
+
+
+def _in_python(needed: Sequence[str]) -> str:
+    keys = ", ".join(f'"{key}": ...' for key in needed)
+    return f'prompts=[{{"prompt": ..., {keys}}}]'
 
 
 def check_size(pipe: Any, settings: GenerationSettings) -> None:
-    """Refuse a size that a pipeline does not make of any image, where it takes the size from the image."""
+    """Refuse what a pipeline makes of no image, where it takes the size from the image, and one frame of videos."""
     known = image_to_video(pipe)
+    if known is not None and known.videos and settings.num_frames == 1:
+        raise InvalidInputError(f"num_frames: got 1; {type(pipe).__name__} makes videos of several frames, use more")
     if known is None or known.takes_size:
         return
     size = settings.height, settings.width
@@ -98,16 +124,17 @@ def image_tokens(pipe: Any) -> int:
 
 
 def any_prompt(pipe: Any) -> Prompt:
-    """Return a prompt that a pipeline takes, with a black image where it needs one: for measuring times."""
+    """Return a prompt that a pipeline takes, black images and videos with it where it needs them: to measure times."""
     from PIL import Image
 
-    image = {} if image_to_video(pipe) is None else {"image": Image.new("RGB", (64, 64))}
-    (prompt,) = prompt_list("prompts", [{"prompt": "red", **image}])
+    known, image = image_to_video(pipe), Image.new("RGB", (64, 64))
+    given = {} if known is None else {"image": image, **dict.fromkeys(known.videos, still(image))}
+    (prompt,) = prompt_list("prompts", [{"prompt": "red", **given}])
     return prompt
 
 
 def adapt_call(pipe: Any, arguments: dict[str, Any], prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
-    """Change the arguments of a call to those of a pipeline that takes one prompt, or an image and a prompt."""
+    """Change the arguments of a call to those of a pipeline that takes one prompt, or an image and videos with it."""
     if not takes_batches(pipe):
         for name in {"prompt", "negative_prompt", "generator"} & arguments.keys():
             (arguments[name],) = arguments[name]
@@ -117,15 +144,19 @@ def adapt_call(pipe: Any, arguments: dict[str, Any], prompts: Sequence[Prompt], 
     (prompt,) = prompts
     assert prompt.image is not None, "check_prompts refuses a prompt without an image"
     arguments["image"] = prompt.image.pixels
+    arguments[known.frames_argument] = arguments.pop("num_frames")
+    arguments |= {name: video.frames(settings.num_frames) for name, video in prompt.videos.items()}
+    if known.further_call and prompt.videos.keys() & set(known.further_videos):
+        arguments |= known.further_call
     if not known.takes_size:
         del arguments["height"], arguments["width"]
         arguments["image"] = _resized(pipe, known, prompt.image, height=settings.height, width=settings.width)
 
 
 def starting_image(pipe: Any, prompt: str, *, height: int, width: int) -> torch.Tensor | None:
-    """Return the image of a prompt as a pipeline resizes it, uint8 `[H, W, 3]`; None for text to video."""
+    """Return the image of a prompt as a pipeline resizes it, uint8 `[H, W, 3]`; None where no video starts from it."""
     image, known = Prompt.of(prompt).image, image_to_video(pipe)
-    if image is None or known is None:
+    if image is None or known is None or not known.starts_video:
         return None
     return torch.from_numpy(np.array(_resized(pipe, known, image, height=height, width=width)))
 

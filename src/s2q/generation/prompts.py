@@ -1,8 +1,8 @@
 """Prompts: a text and what else a video is made from, from Python or from a file.
 
 A text file (UTF-8) has one prompt a line; blank lines and lines that start with `#` are skipped. A file `*.jsonl` has
-one object a line with the keys `prompt`, `image`, `negative_prompt` and `seed`; only `prompt` is required, and
-the path of an image is relative to the file.
+one object a line with the keys `prompt`, `image`, `negative_prompt`, `seed`, and those of the videos that pipelines
+take (`VIDEOS`); only `prompt` is required, and paths are relative to the file.
 
 A line ends at a line feed, a carriage return, or both. Other separators of Unicode, which no editor shows as the end
 of a line (`str.splitlines` cuts at eight of them), are part of the prompt.
@@ -24,13 +24,25 @@ import numpy as np
 
 from s2q.common.arguments import MAX_PROMPT, MAX_SEED, items_of, path_argument, plain_text, whole_number
 from s2q.common.errors import InvalidInputError, first_line, short_repr
+from s2q.generation.videos import ConditioningVideo, conditioning_video
+from s2q.models import FAMILIES
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _MAX_BYTES, _PIECE_BYTES = 1 << 26, 1 << 20
-_KEYS = ("prompt", "image", "negative_prompt", "seed")
+VIDEOS = tuple(
+    dict.fromkeys(
+        name
+        for family in FAMILIES.values()
+        if family.image_to_video is not None
+        for name in (*family.image_to_video.videos, *family.image_to_video.further_videos)
+    )
+)
+"""Videos that some pipeline takes beside an image: keys of a JSONL file, arguments of the pipeline's call."""
+
+_KEYS = ("prompt", "image", "negative_prompt", "seed", *VIDEOS)
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats of images that are decoded by PIL itself; EPS would start Ghostscript."""
 
@@ -56,12 +68,14 @@ class Prompt(str):
     It is the text wherever only that counts, such as in messages and results; two are equal if their texts are.
 
     Attributes:
-        image: The image to start from; None for text to video.
+        image: The image to start from, or of who is in the video; None for text to video.
+        videos: Videos that the pipeline is given beside the image, by argument.
         negative_prompt: In place of that of the generation settings; None takes theirs.
         seed: In place of the seeds of `generate`; None takes them.
     """
 
     image: ConditioningImage | None
+    videos: Mapping[str, ConditioningVideo]
     negative_prompt: str | None
     seed: int | None
 
@@ -72,10 +86,12 @@ class Prompt(str):
         image: ConditioningImage | None = None,
         negative_prompt: str | None = None,
         seed: int | None = None,
+        videos: Mapping[str, ConditioningVideo] | None = None,
     ) -> Prompt:
         """Make a prompt of values that are checked; see `prompt_list`."""
         prompt = super().__new__(cls, text)
         prompt.image, prompt.negative_prompt, prompt.seed = image, negative_prompt, seed
+        prompt.videos = dict(videos or {})
         return prompt
 
     @classmethod
@@ -90,8 +106,9 @@ class Prompt(str):
 def prompt_record(text: str) -> Any:
     """Return a prompt as plain data for records and fingerprints: its text, or a dict if there is more than that."""
     prompt = Prompt.of(text)
-    image = None if prompt.image is None else {"name": prompt.image.name, "sha256": prompt.image.sha256}
-    others = {"image": image, "negative_prompt": prompt.negative_prompt, "seed": prompt.seed}
+    image = {} if prompt.image is None else {"image": prompt.image}
+    files = {key: {"name": file.name, "sha256": file.sha256} for key, file in {**image, **prompt.videos}.items()}
+    others = {**files, "negative_prompt": prompt.negative_prompt, "seed": prompt.seed}
     given = {name: value for name, value in others.items() if value is not None}
     return {"prompt": str(prompt), **given} if given else str(prompt)
 
@@ -99,7 +116,8 @@ def prompt_record(text: str) -> Any:
 def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) -> list[Prompt]:
     """Return prompts as a list; it may be empty with `allow_none`.
 
-    An item is a text, a `Prompt`, or a mapping with the keys of a JSONL file; its image is a path or a PIL image.
+    An item is a text, a `Prompt`, or a mapping with the keys of a JSONL file; its image is a path or a PIL image, its
+    videos are paths or lists of PIL images.
 
     Raises:
         InvalidInputError: With the number of the prompt that is not one.
@@ -114,7 +132,8 @@ def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) 
 def _prompt(where: str, item: Any, *, folder: Path | None = None) -> Prompt:
     """Make a prompt of a text or of a mapping; `folder` is what paths are relative to."""
     if isinstance(item, Prompt):
-        item = {"prompt": str(item), **{key: getattr(item, key) for key in _KEYS[1:]}}
+        given = {"image": item.image, "negative_prompt": item.negative_prompt, "seed": item.seed}
+        item = {"prompt": str(item), **given, **item.videos}
     if not isinstance(item, Mapping):
         return Prompt(_text(where, item))
     for key in item:
@@ -130,8 +149,9 @@ def _prompt(where: str, item: Any, *, folder: Path | None = None) -> Prompt:
         given["negative_prompt"] = plain_text(f"{where}: negative_prompt", given["negative_prompt"])
     if "seed" in given:
         given["seed"] = whole_number(f"{where}: seed", given["seed"], least=0, most=MAX_SEED)
+    videos = {name: conditioning_video(f"{where}: {name}", given.pop(name), folder) for name in VIDEOS if name in given}
     del given["prompt"]
-    return Prompt(text, **given)
+    return Prompt(text, **given, videos=videos)
 
 
 def _text(where: str, text: Any) -> str:

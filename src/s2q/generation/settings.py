@@ -14,7 +14,7 @@ from typing import Any
 
 from s2q.common.arguments import finite_number, plain_text, positive_number, whole_number, word
 from s2q.common.errors import InvalidInputError, short_repr
-from s2q.generation.conditioning import check_image, check_size
+from s2q.generation.conditioning import check_conditioning, check_size
 from s2q.generation.exclusive import exclusive
 from s2q.generation.guidance import guidance_obstacle, with_usable_guidance
 from s2q.generation.prompts import prompt_list
@@ -166,7 +166,7 @@ def check_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSetting
     for index, prompt in enumerate(requests, start=1):
         where = f"prompt {index} of {len(requests)}"
         _check_length(pipe, where, prompt, settings)
-        check_image(pipe, where, prompt)
+        check_conditioning(pipe, where, prompt, num_frames=settings.num_frames)
         if prompt.negative_prompt is not None:
             obstacle = guidance_obstacle(pipe, settings, "negative_prompt")
             if obstacle is not None:
@@ -227,8 +227,8 @@ def token_frames(pipe: Any, settings: GenerationSettings) -> int:
 
 
 def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
-    """Return the number of latent frames of a video, made up to whole patches as the pipelines do."""
-    frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1
+    """Return the number of latent frames, a reference's included, made up to whole patches as the pipelines do."""
+    frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1 + family_of(pipe.transformer).reference_frames
     return frames + -frames % patch_sizes(pipe)[0]
 
 

@@ -23,11 +23,12 @@ from s2q.models.mochi import MOCHI
 from s2q.models.skyreels_v2 import SKYREELS_V2
 from s2q.models.source import ModelSource, resolve_model
 from s2q.models.wan import WAN
+from s2q.models.wan_animate import WAN_ANIMATE
 from s2q.models.wan_vace import WAN_VACE
 
 FAMILIES: dict[str, Family] = {
     family.transformer_class: family
-    for family in (COGVIDEOX, HUNYUANVIDEO, HUNYUANVIDEO15, LTX, LTX2, MOCHI, SKYREELS_V2, WAN, WAN_VACE)
+    for family in (COGVIDEOX, HUNYUANVIDEO, HUNYUANVIDEO15, LTX, LTX2, MOCHI, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_VACE)
 }
 """Supported families, by the class name of their transformer."""
 

@@ -22,7 +22,7 @@ OUTSIDE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToVideo:
-    """The image-to-video pipeline of a family: its argument `image` is one image, its prompt one text.
+    """The pipeline of a family that makes a video of an image: its argument `image` is one image, its prompt one text.
 
     Attributes:
         draws_noise: Whether it must draw the initial noise itself, because it adds the image only to its own.
@@ -30,6 +30,11 @@ class ImageToVideo:
         tokens: Tokens of the image that blocks see beside those of the text, in the published models.
         embedded_by: Field of a transformer's configuration without which it sees none.
         packages: Optional dependencies of diffusers that its call imports, by their names on PyPI.
+        starts_video: Whether the image is the first frame of the video; else it shows who or what is in it.
+        videos: Videos that it needs beside the image, by argument.
+        further_videos: Videos that it takes all of or none.
+        further_call: Arguments of its call with those.
+        frames_argument: The argument of its call for the number of frames; videos have at least so many.
     """
 
     pipeline_class: str
@@ -38,6 +43,11 @@ class ImageToVideo:
     tokens: int = 0
     embedded_by: str = ""
     packages: tuple[str, ...] = ()
+    starts_video: bool = True
+    videos: tuple[str, ...] = ()
+    further_videos: tuple[str, ...] = ()
+    further_call: Mapping[str, Any] = field(default_factory=dict)
+    frames_argument: str = "num_frames"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,7 @@ class Family:
         shared_inputs: Groups of linears of a block that read the same tensor, hence share a transform; the others read
             one of their own.
         text_linears: Linears of a block that see text tokens alone.
+        image_linears: Those of them that see tokens of an image.
         audio_linears: Linears of a block that see audio tokens alone.
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them: the video is
@@ -61,6 +72,7 @@ class Family:
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
         latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], or "tokens"
             [f · h · w, C].
+        reference_frames: Latent frames in front of those of the video, which the pipeline does not decode.
         size_multiple: What the pipeline itself asks of height and width, in pixels.
         guidance: The two branches of classifier-free guidance: "batched" in one call, unconditional rows first; in "two
             calls", the conditional one first; or in two such calls by a component "guider", which has the guidance
@@ -100,7 +112,9 @@ class Family:
     text_tokens: int
     defaults: Mapping[str, int | float]
     frame_rate: int
+    image_linears: tuple[str, ...] = ()
     audio_linears: tuple[str, ...] = ()
+    reference_frames: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
     list_streams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chained: bool = True

@@ -49,6 +49,7 @@ class SyntheticModel:
         calls: Calls of the transformer in one denoising step.
         components: Parameters of the pipeline's other components; those of text encoders with what is outside of their
             layers and two of these.
+        image_tokens: Tokens of an image beside those of the text; 0 without.
         audio_tokens: Tokens of its sound; 0 without.
         transformers: How many the pipeline has.
     """
@@ -63,6 +64,7 @@ class SyntheticModel:
     batch: int
     calls: int
     components: Mapping[str, tuple[int, ...]] = field(repr=False)
+    image_tokens: int = 0
     audio_tokens: int = 0
     transformers: int = 1
 
@@ -101,6 +103,8 @@ class SyntheticModel:
         """Return how many rows a linear, named inside its block, sees of one sample."""
         if linear in self.family.modulation:
             return 1
+        if linear in self.family.image_linears:
+            return self.image_tokens
         if linear in self.family.text_linears:
             return self.text_tokens
         if linear in self.family.audio_linears:

@@ -22,6 +22,7 @@ WAN = Family(
         ("attn2.add_k_proj", "attn2.add_v_proj"),
     ),
     text_linears=("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj"),
+    image_linears=("attn2.add_k_proj", "attn2.add_v_proj"),
     attention="attn1",
     streams=("hidden_states",),
     joint_order=("hidden_states",),

@@ -225,6 +225,7 @@ def workload_of_synthetic(model: SyntheticModel, recipe: Recipe) -> Workload | N
         tokens=frames * of_frame,
         frames=frames,
         text_tokens=model.text_tokens,
+        image_tokens=model.image_tokens,
         audio_tokens=_audio_tokens_of(model, frames),
         branches=model.batch * model.calls if guided else 1,
         rows=model.batch if guided else 1,
