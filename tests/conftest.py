@@ -163,6 +163,6 @@ def embedded_tiny(tiny_model, monkeypatch):
 @pytest.fixture
 def no_encoding(monkeypatch):
     """Write empty videos: to start an encoder for each takes longer than all the rest."""
-    monkeypatch.setattr("s2q.report.compare_page.encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr("s2q.report.video.encode_mp4", lambda frames, **_: b"")
     for module in ("s2q.comparison.pages", "s2q.report.video"):
         monkeypatch.setattr(f"{module}.write_mp4", lambda path, frames, fps: path.write_bytes(b""))

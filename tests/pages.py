@@ -1,6 +1,11 @@
-"""What tests of pages share: an HTML parser that checks, and a metric as `eval.json` has it."""
+"""What tests of pages share: an HTML parser that checks, a metric of `eval.json`, attention of `report.json`."""
 
 import html.parser
+
+import torch
+
+from s2q.core.tokens import TokenGrid
+from s2q.distillation.attention_profile import AttentionProfile, ImportanceMap
 
 VOID = {"meta", "link", "input", "img", "br"}
 
@@ -34,3 +39,15 @@ class Outline(html.parser.HTMLParser):
 
 def metric(mean, low=None, high=None):
     return {"mean": mean, "low": low, "high": high, "definition": "what it means"}
+
+
+def attention(*, top=8.0, tokens=20, grid=(3, 2, 2), sample="prompt 1, step 4, branch 0"):
+    """The record of a block, one of whose tokens receives `top` times as much as any other."""
+    profile, sums = AttentionProfile(), torch.ones(1, tokens)
+    sums[0, 0] = top
+    profile.add(sums, text=slice(12, 20))
+    if grid:
+        frames, height, width = grid
+        grid = TokenGrid(frames=frames, height=height, width=width)
+        profile.map = ImportanceMap.of(sums[0, : grid.tokens], grid, sample=sample)
+    return profile.to_dict()

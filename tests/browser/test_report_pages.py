@@ -1,8 +1,11 @@
 """The report page of a run and the page of a comparison, in a real browser, opened from the disk."""
 
+import re
+
 import numpy as np
 import pytest
 
+from pages import attention
 from report.test_compare_page import result, scenes
 from report.test_page import content, evaluation
 from s2q.report.compare_page import render_compare_page, scene_sheet
@@ -40,7 +43,9 @@ def report_page():
                 "candidates": [candidate | {"selected": True}],
                 "samples": 1,
             },
-            blocks=[{"name": "blocks.0", "loss": {"rtn": 0.5, "final": 0.1}}],
+            blocks=[{"name": "blocks.0", "loss": {"rtn": 0.5, "final": 0.1}, "attention": attention()}],
+            frames=moving(200),
+            notes=["The selection of samples is not in this model."],
             stages=[{"Stage": "collect", "Planned peak memory": "5 MB", "Measured time": "3 s"}],
         )
     )
@@ -154,3 +159,18 @@ def test_the_comparison_draws_every_entry_and_its_difference(visit, addresses):
         assert 60 < reference, "full precision has no difference to itself: it stays"
         assert all(level > 100 for level in entries)
         assert visitor.errors == []
+
+
+def test_a_video_that_cannot_be_decoded_is_named_and_the_others_play(visit, tmp_path):
+    broken = re.sub(r"data:video/mp4;base64,[^\"]{40}", "data:video/mp4;base64," + "A" * 40, report_page(), count=1)
+    (tmp_path / "broken.html").write_text(broken)
+    with visit() as visitor:
+        page = visitor.open((tmp_path / "broken.html").as_uri())
+        note = page.locator(".unplayable")
+        note.wait_for()
+        assert note.count() == 1
+        assert "cannot decode a video of this prompt" in note.inner_text()
+        player = page.locator(".player").nth(1)
+        page.wait_for_function("document.querySelectorAll('.player')[1].querySelector('video').readyState === 4")
+        player.locator(".transport input").fill("5")
+        assert player.evaluate(FRAME_OF_EACH) == [5, 5, 5]

@@ -26,8 +26,16 @@ def test_the_demo_quantizes_evaluates_and_writes_its_page(embedded_tiny, tmp_pat
     assert evaluation["metrics"]["velocity_relative_error"]["mean"] > 0
     assert evaluation["sensitivity"]["n_videos"] == 2
     page = (out / "report.html").read_text()
-    for heading in ("Selected samples", "Loss by block", "Sensitivity", "Planned and measured"):
-        assert f"<h2>{heading}</h2>" in page or f'-title">{heading}</h2>' in page, heading
+    for heading in (
+        "<h3>Selected samples",
+        "<h3>Loss by block",
+        "<h3>Sensitivity",
+        "<h3>Attention mass",
+        "<h2>Attention over frames",
+        '-title">Planned and measured',
+    ):
+        assert heading in page, heading
+    assert page.count('class="tile"') == 3 * (1 + 2 * 2), "three frames of the video and of two blocks, above grey ones"
     assert page.count("data:video/mp4;base64,") == 12
     assert ".partial" not in page, "names in the page are those of the final folder"
     assert run(["inspect", str(out / "checkpoint"), "--verify"]) == 0

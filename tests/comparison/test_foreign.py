@@ -15,7 +15,6 @@ from s2q.comparison.compare import compare
 from s2q.comparison.entries import find_entries
 from s2q.comparison.widths import foreign_width
 from s2q.models import source
-from s2q.report import compare_page
 from s2q.run.quantize import quantize
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
@@ -114,7 +113,7 @@ def bytes_of(folder):
 def test_a_foreign_checkpoint_is_ranked_among_its_width_with_its_bytes(foreign, tiny_model, tmp_path, monkeypatch):
     from s2q.comparison import pages
 
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr("s2q.report.video.encode_mp4", lambda frames, **_: b"")
     monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
     theirs, wider = foreign("theirs", use_quantized_matmul=True), foreign("wider")
     (theirs / "transformer/stale.safetensors").write_bytes(b"")

@@ -18,7 +18,6 @@ from s2q.comparison.peers import PEERS, Peer, cost_of_peer, find_peers, load_wit
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.family import block_linears
 from s2q.models.lora import with_loras
-from s2q.report import compare_page
 from tiny import tiny_pipeline
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
@@ -41,7 +40,7 @@ class Rounded(nn.Linear):
 @pytest.fixture
 def tool(monkeypatch):
     """A tool of the table, whose package is always there."""
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr("s2q.report.video.encode_mp4", lambda frames, **_: b"")
     monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
     quantize = partial(peers._by_linear, Rounded)
     peer = Peer(name="tool-w8a16", package="torch", width="w8a16", does="int8 a row", quantize=quantize)

@@ -323,9 +323,8 @@ def test_a_relative_path_is_kept_for_workers_in_other_folders(cogvideox, tmp_pat
 @pytest.mark.slow
 def test_a_comparison_has_the_adapter_on_both_sides(cogvideox, tmp_path, monkeypatch):
     from s2q.comparison import pages
-    from s2q.report import compare_page
 
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr("s2q.report.video.encode_mp4", lambda frames, **_: b"")
     monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
     pipe, folder = cogvideox
     file = save_lora(pipe, tmp_path / "lora")

@@ -3,11 +3,12 @@ import re
 import numpy as np
 import pytest
 
-from pages import Outline, metric
+from pages import Outline, attention, metric
 from s2q.common.errors import InvalidInputError
 from s2q.report.charts import adherence_chart, velocity_chart
 from s2q.report.formatting import format_bytes, format_cell, format_interval, format_value
-from s2q.report.page import PageContent, PlayerPair, render_page
+from s2q.report.page import PageContent, PlayerPair, _map_sample, render_page
+from s2q.report.video import PAGE_BYTES, encode_mp4, encode_within, reduced, video_bytes
 
 
 def evaluation(**changes):
@@ -112,7 +113,7 @@ def test_the_run_is_shown_with_its_selection_losses_and_stages():
     candidate = {"prompt": 0, "step": 0, "diffusion_salience": 1.0, "quantization_salience": 1.0, "salience": 1.0}
     selection = {"selection": "sds", "prompts": ["a"], "candidates": [candidate | {"selected": True}], "samples": 1}
     stages = [{"Stage": "collect", "Planned peak memory": "5 MB", "Measured time": "3 s"}]
-    blocks = [{"name": "blocks.0", "loss": {"rtn": 0.5, "final": 0.1}}]
+    blocks = [{"name": "blocks.0", "loss": {"rtn": 0.5, "final": 0.1}, "attention": attention()}]
     kinds = [{"linears": "blocks.*.to_q", "count": 2, "mean": 0.25}]
     judged = evaluation(sensitivity={"definition": "of one kind", "n_videos": 3, "kinds": kinds})
     page = Outline(render_page(content(evaluation=judged, selection=selection, blocks=blocks, stages=stages)))
@@ -121,6 +122,9 @@ def test_the_run_is_shown_with_its_selection_losses_and_stages():
         "Selected samples",
         "Loss by block",
         "as packed",
+        "Attention mass on the top tokens",
+        "Attention over frames",
+        "prompt 2, denoising step 5, unconditional branch",
         "Planned and measured",
         "collect",
         "5 MB",
@@ -128,7 +132,30 @@ def test_the_run_is_shown_with_its_selection_losses_and_stages():
         "blocks.*.to_q",
     ):
         assert expected in text, expected
-    assert len([svg for svg in page.all("svg") if svg.get("class") == "chart"]) == 5
+    assert len([svg for svg in page.all("svg") if svg.get("class") == "chart"]) == 7
+
+
+def test_the_map_names_prompt_and_step_of_its_sample():
+    selection = {"prompts": ["a", {"prompt": "a <red> circle"}], "settings": {"num_inference_steps": 9}}
+    shown = _map_sample(content(blocks=[{"name": "a", "loss": {}, "attention": attention()}], selection=selection))
+    assert shown == "“a <red> circle”, denoising step 5 of 9, unconditional branch of guidance"
+
+
+def test_a_page_of_large_noisy_videos_stays_below_its_limit():
+    noise = np.random.default_rng(0).integers(0, 255, (2, 240, 720, 3)).astype(np.uint8)
+    pair = PlayerPair(prompt="noise", seed=0, reference=noise, student=255 - noise)
+    limit = video_bytes(videos=12, other_bytes=0) / 24  # of two frames; a page has 49 of each of four pairs
+    assert len(encode_mp4(reduced(noise, longest=512))) > limit
+    data, pixels = encode_within(lambda longest: reduced(noise, longest=longest), most_bytes=limit, fps=8)
+    assert len(data) <= limit
+    assert pixels < 512
+    assert len(render_page(content(pairs=[pair]))) < PAGE_BYTES
+
+
+def test_notes_of_the_run_are_shown():
+    assert "weights all <tokens> alike" in " ".join(
+        Outline(render_page(content(notes=["weights all <tokens> alike"]))).text
+    )
 
 
 def test_sections_without_content_are_left_out():

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
 import time
 import webbrowser
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from s2q.cli import console, next_steps, options, output
+from s2q.cli import console, next_steps, options, output, pages
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json, slug
+from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text, slug
 from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.common.progress import Progress
 from s2q.common.records import DEMO_VERSION
@@ -34,7 +31,6 @@ RECORD = "demo.json"
 PAGE = "report.html"
 _CHECKPOINT = "checkpoint"
 _WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
-_SHOWN_PROMPTS = 4
 _SENSITIVITY_PROMPTS = 2
 _SEED = 0
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
@@ -102,13 +98,19 @@ def _make(
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
     from s2q.evaluation.evaluate import evaluate
+    from s2q.models import resolve_model
+    from s2q.planning import this_machine
     from s2q.planning.plan import plan
+    from s2q.report.run_records import read_records
     from s2q.run.quantize import quantize
+    from s2q.run.time_estimate import measured
     from s2q.shapes.embedded import embedded_prompts
 
     started, seconds = time.monotonic(), dict[str, float]()
     with _timed(seconds, "plan"):
         planned = plan(model, recipe=recipe)
+        if not short:
+            planned = measured(planned, resolve_model(model), recipe, machine=this_machine("cpu"), progress=progress)
     with _timed(seconds, "quantize"):
         report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress)
     videos: dict[str, dict[str, Video]] = {}
@@ -130,13 +132,16 @@ def _make(
         )
     evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
     with _timed(seconds, "write"):
-        pairs = _pairs(videos, model)
-        quantized = report.to_dict()
-        content = replace(
-            _page(quantized, recipe, overrides, evaluation, pairs, out=out, seconds=seconds),
-            blocks=quantized["blocks"],
-            selection=_selection(staged / _CHECKPOINT),
-            stages=_stages(planned.stages, quantized["stages"]),
+        (ours,) = (by_prompt for label, by_prompt in videos.items() if label != model)
+        pairs, records = pages.pairs_of(videos[model], ours), read_records(staged / _CHECKPOINT)
+        content = pages.page_content(
+            records,
+            evaluation,
+            pairs,
+            planned=planned.stages,
+            frames=pages.sample_frames(model, records),
+            commands=_commands(report.to_dict(), recipe, overrides, evaluation, pairs[0].prompt, out),
+            seconds=seconds,
         )
         _write(staged, content, pairs)
     record = {
@@ -154,101 +159,25 @@ def _make(
     return record
 
 
-def _pairs(videos: Mapping[str, Mapping[str, Video]], reference: str) -> list[Any]:
-    """Return pairs of full-precision and quantized videos; those in which something moves come first."""
-    from s2q.evaluation.video_metrics import compare_videos
-    from s2q.report.page import PlayerPair
-    from s2q.shapes.scenes import parse_caption
-
-    def is_still(prompt: str) -> bool:
-        labels = parse_caption(prompt)
-        return labels is not None and labels.motion == "still"
-
-    theirs = videos[reference]
-    (ours,) = (by_prompt for label, by_prompt in videos.items() if label != reference)
-    return [
-        PlayerPair(
-            prompt=prompt,
-            seed=_SEED,
-            reference=theirs[prompt].frames.numpy(),
-            student=ours[prompt].frames.numpy(),
-            metrics=compare_videos(ours[prompt], theirs[prompt]),
-        )
-        for prompt in sorted(theirs, key=is_still)[:_SHOWN_PROMPTS]
-    ]
-
-
-def _page(
+def _commands(
     report: Mapping[str, Any],
     recipe: Recipe,
     overrides: Sequence[str],
     evaluation: Mapping[str, Any],
-    pairs: Sequence[Any],
-    *,
+    prompt: str,
     out: Path,
-    seconds: Mapping[str, float],
-) -> Any:
-    from s2q.report.page import PageContent
-    from s2q.report.run_charts import LOSSES
-
-    checkpoint = shlex.quote(str(out / _CHECKPOINT))
-    model = report["source"]
+) -> tuple[str, ...]:
+    """The commands that give the result of the demo."""
+    checkpoint, model = shlex.quote(str(out / _CHECKPOINT)), report["source"]
     changes = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     sample = f"--num-prompts {evaluation['n_prompts']} --seeds {evaluation['n_seeds']}"
     steps = evaluation["settings"]["num_inference_steps"]
-    blocks = [
-        {
-            "block": block["name"],
-            "linears": len(block["layers"]),
-            "relative weight error": block["weight_relative_error"],
-            **{f"loss, {title}": block["loss"][name] for name, title in LOSSES.items() if name in block["loss"]},
-            "seconds": block["seconds"],
-        }
-        for block in report["blocks"]
-    ]
-    return PageContent(
-        title=f"{model}, {_bits(report)}",
-        pairs=pairs,
-        evaluation=evaluation,
-        storage=report["storage"],
-        recipe=recipe.resolved(),
-        tables={"Quantization, block by block": blocks, "Every linear of the blocks": report["layers"]},
-        commands=(
-            f"s2q quantize -m {model} -r {recipe.name}{changes} -o {checkpoint}",
-            f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps}"
-            f" --sensitivity {_SENSITIVITY_PROMPTS} -o eval.json",
-            f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} --steps {steps} -o videos",
-        ),
-        seconds=dict(seconds),
+    return (
+        f"s2q quantize -m {model} -r {recipe.name}{changes} -o {checkpoint}",
+        f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps}"
+        f" --sensitivity {_SENSITIVITY_PROMPTS} -o eval.json",
+        f"s2q generate -m {checkpoint} --prompt {shlex.quote(prompt)} --steps {steps} -o videos",
     )
-
-
-def _selection(checkpoint: Path) -> dict[str, Any] | None:
-    """Read the record of the selection; None of a recipe that does not calibrate."""
-    path = checkpoint / "s2q" / "selection.json"
-    return read_json(path, remedy="run the demo again") if path.is_file() else None
-
-
-def _stages(planned: Sequence[Any], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the stages of the run, each with its planned and measured peak memory and its time."""
-    memory = {stage.name: stage.peak_memory_bytes for stage in planned}
-    return [
-        {
-            "Stage": stage["name"],
-            "Planned peak memory": format_bytes(memory[stage["name"]]) if memory.get(stage["name"]) else "–",
-            "Measured peak memory": format_bytes(stage["peak_memory_bytes"]),
-            "Measured time": console.format_seconds(stage["seconds"]),
-        }
-        for stage in measured
-    ]
-
-
-def _bits(report: Mapping[str, Any]) -> str:
-    """Return the scheme of most of the quantized bytes, for the title: "W4A6"."""
-    sizes: Counter[str] = Counter()
-    for layer in report["layers"]:
-        sizes[layer["scheme"]] += math.prod(layer["shape"])
-    return sizes.most_common(1)[0][0].upper()
 
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:

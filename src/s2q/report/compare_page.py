@@ -13,20 +13,24 @@ import numpy as np
 from s2q.recipes.methods import is_rival
 from s2q.report import charts, compare_table, formatting
 from s2q.report.cost_chart import OURS, PEER, RIVAL, Point, cost_chart
-from s2q.report.page import asset, data_url, environment, player_facts
+from s2q.report.page import asset, environment, player_facts
+from s2q.report.svg import data_url
 from s2q.report.video import (
     DIFFERENCE_GAIN,
     contact_sheet,
     difference,
-    encode_mp4,
+    encode_within,
     enlarged,
     reduced,
     tiled,
+    video_bytes,
+    whole_blocks,
 )
 
 REFERENCE = "full precision"
 _TILE_COLUMNS = 8
-_TILE_PIXELS = 384  # larger videos are reduced to this
+_TILE_PIXELS = 384  # larger videos are reduced to this, or to less
+_MOST_SHEET_BYTES = 3_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ def render_compare_page(
 ) -> str:
     """Render `compare.json`, scenes, their contact sheet (PNG) and command as HTML without outside URLs."""
     frame_rate = result["settings"]["frame_rate"]
+    inline = sheet is not None and len(sheet) <= _MOST_SHEET_BYTES
+    most_bytes = video_bytes(videos=len(scenes), other_bytes=len(sheet) if sheet is not None and inline else 0)
     return (
         environment()
         .get_template("compare.html.j2")
@@ -55,8 +61,9 @@ def render_compare_page(
             headings=[compare_table.HEADINGS[name] for name in compare_table.columns_of(result)],
             chart=charts.error_chart(_chart_groups(result)),
             costs=cost_chart(_cost_panels(result)),
-            players=[_player(scene, frame_rate) for scene in scenes],
-            sheet="" if sheet is None else data_url("image/png", sheet),
+            players=[_player(scene, frame_rate, most_bytes) for scene in scenes],
+            sheet=data_url("image/png", sheet) if sheet is not None and inline else "",
+            has_sheet=sheet is not None,
             fps=frame_rate,
             gain=DIFFERENCE_GAIN,
             differences=[(group["width"], effect) for group in result["groups"] for effect in group["differences"]],
@@ -75,14 +82,20 @@ def scene_sheet(scenes: Sequence[Scene]) -> bytes:
     return contact_sheet(rows)
 
 
-def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
+def _player(scene: Scene, frame_rate: int, most_bytes: float) -> dict[str, Any]:
     videos = {REFERENCE: scene.reference, **scene.entries}
     apart = [difference(frames, scene.reference) for frames in scene.entries.values()]
-    tiles = [enlarged(reduced(frames, longest=_TILE_PIXELS)) for frames in (*videos.values(), *apart)]
-    columns = min(_TILE_COLUMNS, len(tiles))
-    canvas = tiled(tiles, columns=columns)
-    height, width = tiles[0].shape[1:3]
-    tall, wide = canvas.shape[1] // -(-len(tiles) // columns), canvas.shape[2] // columns
+    columns = min(_TILE_COLUMNS, len(videos) + len(apart))
+
+    def tiles(longest: int) -> list[np.ndarray]:
+        return [enlarged(reduced(frames, longest=longest)) for frames in (*videos.values(), *apart)]
+
+    def canvas(longest: int) -> np.ndarray:
+        return tiled(tiles(longest), columns=columns)
+
+    data, longest = encode_within(canvas, most_bytes=most_bytes, most_pixels=_TILE_PIXELS, fps=frame_rate)
+    height, width = enlarged(reduced(scene.reference[:1], longest=longest)).shape[1:3]
+    tall, wide = whole_blocks(height), whole_blocks(width)
 
     def corner(index: int) -> str:
         return f"{index % columns * wide} {index // columns * tall}"
@@ -90,7 +103,7 @@ def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
     return player_facts(scene.prompt, scene.seed, scene.reference) | {
         "width": width,
         "height": height,
-        "source": data_url("video/mp4", encode_mp4(canvas, fps=frame_rate)),
+        "source": data_url("video/mp4", data),
         "screens": [
             {"label": label, "corner": corner(index), "difference": corner(index + len(apart) if index else 0)}
             for index, label in enumerate(videos)

@@ -3,7 +3,6 @@
 Everything is inlined: style, script, charts (SVG), videos (mp4, base64) and the contact sheet (PNG, base64).
 """
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +13,18 @@ import numpy as np
 from markupsafe import Markup
 
 from s2q.common.errors import InvalidInputError
-from s2q.report import charts, formatting, run_charts
+from s2q.report import attention_charts, charts, formatting, run_charts
+from s2q.report.svg import data_url
 from s2q.report.video import (
     DIFFERENCE_GAIN,
     DISPLAY_PIXELS,
     FRAMES_PER_SECOND,
     contact_sheet,
     difference,
-    encode_mp4,
+    encode_within,
     enlarged,
+    reduced,
+    video_bytes,
 )
 
 _CHECKS = ("shape", "colour", "direction", "background")
@@ -50,6 +52,8 @@ class PageContent:
         evaluation: The content of `eval.json`.
         storage: `full_precision_bytes`, `quantized_bytes` and `ratio` of the transformer.
         blocks: `blocks` of `report.json`.
+        frames: The full-precision video of the sample whose attention the blocks recorded, `[F, H, W, 3]` uint8.
+        notes: Sentences about what the run did not record.
         selection: The content of `selection.json`; None for recipes that do not calibrate.
         stages: Stages of the run with planned and measured figures: rows with equal keys.
         tables: Further tables by heading: rows with equal keys.
@@ -63,6 +67,8 @@ class PageContent:
     storage: Mapping[str, Any] | None = None
     recipe: Mapping[str, Any] | None = None
     blocks: Sequence[Mapping[str, Any]] = ()
+    frames: np.ndarray | None = None
+    notes: Sequence[str] = ()
     selection: Mapping[str, Any] | None = None
     stages: Sequence[Mapping[str, Any]] = ()
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
@@ -88,6 +94,7 @@ def render_page(content: PageContent) -> str:
     measured = {name: entry for name, entry in metrics.items() if entry["mean"] is not None}
     scores = {name: entry for name, entry in measured.items() if not name.startswith("reference_")}
     template = environment().get_template("page.html.j2")
+    sheet = pair_sheet(content.pairs)
     return template.render(
         content=content,
         style=asset("page.css"),
@@ -95,8 +102,8 @@ def render_page(content: PageContent) -> str:
         cards=_cards(content, measured, floor),
         floor=floor,
         nothing=formatting.NOTHING,
-        **_shown(content.pairs, fps=FRAMES_PER_SECOND),
-        sheet=data_url("image/png", pair_sheet(content.pairs)),
+        **_shown(content.pairs, fps=FRAMES_PER_SECOND, other_bytes=len(sheet)),
+        sheet=data_url("image/png", sheet),
         fidelity={name: entry for name, entry in scores.items() if "adherence" not in name},
         adherence={name: entry for name, entry in scores.items() if "adherence" in name},
         velocity_chart=charts.velocity_chart(velocity["steps"]) if velocity else "",
@@ -111,6 +118,10 @@ def render_page(content: PageContent) -> str:
         sensitivity_chart=run_charts.sensitivity_chart(sensitivity) if sensitivity else "",
         loss_chart=run_charts.loss_chart(content.blocks),
         loss_keys=run_charts.loss_keys(content.blocks),
+        mass_chart=attention_charts.mass_chart(content.blocks),
+        mass_summary=attention_charts.mass_summary(content.blocks),
+        map_chart=attention_charts.map_chart(content.blocks, content.frames),
+        map_sample=_map_sample(content),
         recipe=json.dumps(content.recipe, indent=2, ensure_ascii=False) if content.recipe else "",
         sample=_sample(evaluation),
     )
@@ -137,9 +148,11 @@ def render_players(
     )
 
 
-def _shown(pairs: Sequence[PlayerPair], *, fps: int) -> dict[str, Any]:
-    """Return the variables of the templates of players."""
-    return {"players": [_player(pair, fps=fps) for pair in pairs], "fps": fps, "gain": DIFFERENCE_GAIN}
+def _shown(pairs: Sequence[PlayerPair], *, fps: int, other_bytes: int = 0) -> dict[str, Any]:
+    """Return the variables of the templates of players, on a page whose other pictures take so many bytes."""
+    most_bytes = video_bytes(videos=3 * len(pairs), other_bytes=other_bytes)
+    players = [_player(pair, fps=fps, most_bytes=most_bytes) for pair in pairs]
+    return {"players": players, "fps": fps, "gain": DIFFERENCE_GAIN}
 
 
 def environment() -> Any:
@@ -164,11 +177,6 @@ def asset(name: str) -> Markup:
     return Markup((resources.files("s2q.report") / "templates" / name).read_text(encoding="utf-8"))
 
 
-def data_url(kind: str, data: bytes) -> str:
-    """Return a file's bytes, of a media type such as "video/mp4", as a URL that holds them."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def player_facts(prompt: str, seed: int, frames: np.ndarray) -> dict[str, Any]:
     """Return the facts of videos that are shown together, of frames `[F, H, W, 3]`."""
     num_frames, height, width = frames.shape[:3]
@@ -176,9 +184,12 @@ def player_facts(prompt: str, seed: int, frames: np.ndarray) -> dict[str, Any]:
     return facts | {"pixelated": max(height, width) <= DISPLAY_PIXELS // 2}
 
 
-def _player(pair: PlayerPair, *, fps: int) -> dict[str, Any]:
+def _player(pair: PlayerPair, *, fps: int, most_bytes: float) -> dict[str, Any]:
     def source(frames: np.ndarray) -> str:
-        return data_url("video/mp4", encode_mp4(enlarged(frames), fps=fps))
+        def drawn(longest: int) -> np.ndarray:
+            return enlarged(reduced(frames, longest=longest))
+
+        return data_url("video/mp4", encode_within(drawn, most_bytes=most_bytes, fps=fps)[0])
 
     height, width = pair.reference.shape[1:3]
     return player_facts(pair.prompt, pair.seed, pair.reference) | {
@@ -225,6 +236,20 @@ def _cards(
         value = formatting.format_value("adherence", measured["adherence_all"]["mean"])
         cards.append(("Prompt adherence", value, note))
     return cards
+
+
+def _map_sample(content: PageContent) -> str:
+    """Name the sample of the attention maps: prompt, denoising step and guidance branch."""
+    sample = attention_charts.map_sample(content.blocks)
+    if sample is None:
+        return ""
+    prompt, step, branch = sample
+    selection = content.selection or {}
+    prompts, branches = selection.get("prompts", ()), "conditional" if branch else "unconditional"
+    text = prompts[prompt] if prompt < len(prompts) else None
+    named = f"“{text['prompt'] if isinstance(text, Mapping) else text}”" if text else f"prompt {prompt + 1}"
+    steps = (selection.get("settings") or {}).get("num_inference_steps")
+    return f"{named}, denoising step {step + 1}{f' of {steps}' if steps else ''}, {branches} branch of guidance"
 
 
 def _sample(evaluation: Mapping[str, Any]) -> str:

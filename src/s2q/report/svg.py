@@ -1,8 +1,9 @@
-"""Parts of the inline SVG charts: frame, grid lines of decades, labels.
+"""Parts of the inline SVG charts: frame, grid lines of decades, labels, embedded pictures.
 
 Colours come from the page's style sheet, so that charts follow light and dark.
 """
 
+import base64
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
@@ -32,3 +33,8 @@ def svg(label: str, height: float, parts: Sequence[str]) -> Markup:
     return Markup(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
     )
+
+
+def data_url(kind: str, data: bytes) -> str:
+    """Return a file's bytes, of a media type such as "video/mp4", as a URL that contains them."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

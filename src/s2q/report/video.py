@@ -8,7 +8,7 @@ Legend: `F` frames, `H`, `W` height and width in pixels.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,11 @@ DIFFERENCE_GAIN = 4
 FRAMES_PER_SECOND = 8
 BT709, BT601 = "bt709", "smpte170m"
 """Colour matrices by ffmpeg's names: browsers take what the file says, OpenCV takes every file for the second."""
+PAGE_BYTES = 15_000_000
+"""Most bytes of a page with its videos."""
 _QUALITY_CRF = 12
+_LOWER_CRF = (12, 18, 24, 30)
+_PAGE_PIXELS = (512, 384, 256, 128)
 _SHEET_CELL = 96
 _GAP = 4
 _BLOCK = 16  # of H.264
@@ -56,13 +60,18 @@ def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
     for video in videos:
         _check(video)
     frames, height, width, channels = videos[0].shape
-    tall, wide = height + -height % _BLOCK, width + -width % _BLOCK
+    tall, wide = whole_blocks(height), whole_blocks(width)
     canvas = np.zeros((frames, -(-len(videos) // columns) * tall, columns * wide, channels), np.uint8)
     for index, video in enumerate(videos):
         top, left = index // columns * tall, index % columns * wide
         padded = np.pad(video, ((0, 0), (0, tall - height), (0, wide - width), (0, 0)), mode="edge")
         canvas[:, top : top + tall, left : left + wide] = padded
     return canvas
+
+
+def whole_blocks(pixels: int) -> int:
+    """Return a size rounded up to whole blocks of the encoder, ⌈·⌉₁₆."""
+    return pixels + -pixels % _BLOCK
 
 
 def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = DIFFERENCE_GAIN) -> np.ndarray:
@@ -73,8 +82,36 @@ def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = DIFFERE
     return np.clip(apart, 0, 255).astype(np.uint8)
 
 
-def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str = BT709) -> bytes:
-    """Encode `[F, H, W, 3]`, uint8, as H.264 (yuv420p, constant rate factor 12) in an mp4 container.
+def encode_within(
+    drawn: Callable[[int], np.ndarray], *, most_bytes: float, most_pixels: int = _PAGE_PIXELS[0], fps: int
+) -> tuple[bytes, int]:
+    """Encode a video for a page: as large, then as good as `most_bytes` allow, or the least of all.
+
+    Args:
+        drawn: Returns the video `[F, H, W, 3]`, uint8, whose scenes are at most so many pixels long.
+
+    Returns:
+        The mp4, and the argument of `drawn` that it is of.
+    """
+    for pixels in (size for size in _PAGE_PIXELS if size <= most_pixels):
+        frames = drawn(pixels)
+        for quality in _LOWER_CRF:
+            data = encode_mp4(frames, fps=fps, quality=quality)
+            if len(data) <= most_bytes:
+                return data, pixels
+    return data, pixels
+
+
+def video_bytes(*, videos: int, other_bytes: int) -> float:
+    """Return the most bytes of each video of a page whose other pictures take so many; base64 takes 4 for 3."""
+    text = PAGE_BYTES / 10
+    return max(0.0, 0.75 * (PAGE_BYTES - text) - other_bytes) / max(1, videos)
+
+
+def encode_mp4(
+    frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str = BT709, quality: int = _QUALITY_CRF
+) -> bytes:
+    """Encode `[F, H, W, 3]`, uint8, as H.264 (yuv420p; `quality` is the constant rate factor) in an mp4 container.
 
     An odd height or width is padded by repeating the last line. The colour matrix is `BT709` to be looked at, or
     `BT601` to be read by OpenCV. The bytes are the same for the same input and encoder.
@@ -97,7 +134,7 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str 
             macro_block_size=1,
             ffmpeg_log_level="error",
             output_params=[
-                *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
+                *("-crf", str(quality), "-preset", "medium", "-threads", "1", "-g", "1"),
                 *("-vf", f"scale=out_color_matrix={matrix}:out_range=tv", "-colorspace", matrix),
                 *("-color_primaries", "bt709", "-color_trc", "bt709", "-movflags", "+faststart"),
                 *("-fflags", "+bitexact", "-flags:v", "+bitexact"),

@@ -21,6 +21,8 @@
       this.screens = [...root.querySelectorAll("canvas")];
       for (const video of this.videos) {
         video.removeAttribute("controls");
+        video.addEventListener("error", () => this.fail());
+        if (video.error) this.fail();
         if (this.screens.length) for (const event of ["seeked", "loadeddata"]) video.addEventListener(event, () => this.draw());
       }
       this.toggle.addEventListener("click", () => this.want(!this.wanted));
@@ -45,6 +47,14 @@
       this.position.addEventListener("input", () => this.place());
       new ResizeObserver(() => figure.style.setProperty("--wipe-height", `${video.clientHeight}px`)).observe(video);
       this.place();
+    }
+    fail() {
+      if (this.root.querySelector(".unplayable")) return;
+      const note = document.createElement("p");
+      note.className = "unplayable";
+      note.setAttribute("role", "alert");
+      note.textContent = "This browser cannot decode a video of this prompt (H.264 in MP4); its frames are under “All frames at once”.";
+      this.root.querySelector("h3").after(note);
     }
     place() { this.root.style.setProperty("--wipe", `${this.position.value}%`); }
     step(frames) { this.seek((Number(this.range.value) + frames + this.frames) % this.frames); }
