@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from published import published_models
 from safetensors import safe_open
 
 import s2q
@@ -182,3 +183,35 @@ def test_a_file_for_comfyui(tmp_path):
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert "blocks.0.self_attn.q.comfy_quant" in file.keys()  # noqa: SIM118
     assert report.linears["asym_w4a8_int8"] > 0
+
+
+def workflow():
+    return json.loads((EXAMPLES / "comfyui" / "wan-text-to-video.json").read_text())
+
+
+def test_the_nodes_of_the_comfyui_workflow_are_linked_to_nodes_above_them():
+    nodes = workflow()
+    links = [
+        (name, value[0]) for name, node in nodes.items() for value in node["inputs"].values() if isinstance(value, list)
+    ]
+    assert links
+    assert all(int(source) < int(name) for name, source in links)
+    used = {source for _, source in links}
+    assert [node["class_type"] for name, node in nodes.items() if name not in used] == ["SaveVideo"]
+
+
+def test_the_page_on_comfyui_names_every_node_and_file_of_the_workflow():
+    page = (EXAMPLES.parent / "docs" / "comfyui.md").read_text()
+    for node in workflow().values():
+        assert f"| `{node['class_type']}` |" in page
+        files = [value for value in node["inputs"].values() if str(value).endswith(".safetensors")]
+        assert all(f"| `{file}` |" in page for file in files)
+    assert f"-o ComfyUI/models/diffusion_models/{workflow()['1']['inputs']['unet_name']}\n" in page
+
+
+def test_the_comfyui_workflow_has_the_published_settings_of_wan():
+    call = published_models()["wan-2.1-1.3b"]["call"]
+    size, sampler, rate = (workflow()[name]["inputs"] for name in ("7", "8", "10"))
+    assert {"num_frames": size["length"], "height": size["height"], "width": size["width"]}.items() <= call.items()
+    assert (sampler["steps"], sampler["cfg"]) == (call["num_inference_steps"], call["guidance_scale"])
+    assert rate["fps"] == published_models()["wan-2.1-1.3b"]["fps"]
