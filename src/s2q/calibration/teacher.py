@@ -198,7 +198,8 @@ def load_teacher(
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
     first = modules[TRANSFORMERS[0]].dtype
     # what is converted, or has an adapter fused, is no longer in the file
-    mapped = isinstance(model, ModelSource) and not model.loras and model.weights_dtype() == first
+    unchanged = isinstance(model, ModelSource) and not (model.loras or model.originals)
+    mapped = unchanged and model.weights_dtype() == first
     for component, transformer in modules.items():
         _check_state(name, component, transformer, folder=folder, wanted=parse_dtype(dtype))
         if transformer.dtype != first:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.common.cards import front_matter, read_card, split_card
+from s2q.common.cards import files_and_base, front_matter, read_card, split_card
 
 HOMEPAGE = "https://arxiv.org/abs/2508.04016"
 _FOLDER = "path/to/this/folder"
@@ -38,15 +38,17 @@ def render_model_card(
     """
     schemes = Counter(scheme for config in configs for scheme in config.layers.values())
     task = task_of(pipeline_class)
-    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    files, base = files_and_base(source)
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     at = "" if revision is None else f"/tree/{revision}"
     text = _rendered(
         "model_card.md.j2",
-        base_model=None if source == pipeline_class else source,
+        base_model=None if source == pipeline_class else base,
         licence=_licence(base_folder),
         recipe=recipe,
-        title=f"{source.rpartition('/')[2]}, quantized with {recipe['name']}",
-        origin=f"[{source}](https://huggingface.co/{source}{at})" if is_hub_id else f"`{source}`",
+        title=f"{files or base.rpartition('/')[2]}, quantized with {recipe['name']}",
+        origin=("" if files is None else f"`{files}` in ")
+        + (f"[{base}](https://huggingface.co/{base}{at})" if is_hub_id else f"`{base}`"),
         homepage=HOMEPAGE,
         layers=schemes.total(),
         schemes=dict(schemes),
@@ -112,7 +114,8 @@ def _rendered(template: str, **values: Any) -> str:
 
 def task_of(pipeline_class: str) -> str:
     """Return the Hub's name of what a pipeline does, `pipeline_tag` of a model card."""
-    return "image-to-video" if "ImageToVideo" in pipeline_class else "text-to-video"
+    of_images = any(word in pipeline_class for word in ("Animate", "I2V", "ImageToVideo"))
+    return "image-to-video" if of_images else "text-to-video"
 
 
 def _settings(generation: Mapping[str, Any]) -> str:

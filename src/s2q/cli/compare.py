@@ -22,7 +22,7 @@ Entries = Annotated[
     ),
 ]
 FullPrecisionModel = Annotated[
-    str, options.model_option(help="The full-precision model: embedded name, diffusers folder or Hub id (@revision).")
+    str, options.model_option(help="The full-precision model: embedded name, folder, Hub id (@revision) or FILE@BASE.")
 ]
 Recipes = Annotated[
     list[str] | None,

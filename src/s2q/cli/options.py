@@ -94,7 +94,9 @@ def read_prompt_file(path: Path | None) -> list[str] | None:
     return None if path is None else read_prompts(path)
 
 
-Model = Annotated[str, model_option(help="Embedded name, diffusers folder or Hub id (@revision).")]
+Model = Annotated[
+    str, model_option(help="Embedded name, diffusers folder, Hub id (@revision), or FILE.safetensors@BASE.")
+]
 RecipeName = Annotated[str, recipe_option(help="Recipe name or YAML file.")]
 Overrides = Annotated[list[str] | None, set_option(help="Override a recipe field, e.g. weights.num_bits=8.")]
 Prompts = Annotated[Path | None, file_option("--prompts", help="Text file, one prompt per line, or JSONL file.")]

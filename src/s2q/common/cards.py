@@ -30,3 +30,9 @@ def split_card(card: str) -> tuple[str | None, str]:
     """Return the YAML text of the front matter of a model card, None without one, and the Markdown below it."""
     match = _FRONT_MATTER.match(card)
     return (None, card) if match is None else (match["yaml"], card[match.end() :])
+
+
+def files_and_base(name: str) -> tuple[str | None, str]:
+    """Return the files and the base of a model's name "FILE.safetensors@BASE"; no files for another name."""
+    files, separator, base = name.rpartition(".safetensors@")
+    return (f"{files}.safetensors", base) if separator else (None, name)

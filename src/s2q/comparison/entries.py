@@ -122,6 +122,9 @@ def content_of(source: ModelSource) -> Any:
             "model": content_of(replace(source, loras=())),
             "loras": effect_of(lora.to_dict() for lora in source.loras),
         }
+    if source.originals:
+        files = {component: tensors_digest(path) for component, path in source.originals.items()}
+        return {"base": content_of(replace(source, originals={})), "files": files}
     if source.hub is not None:
         return source.folder.name if source.variant is None else f"{source.folder.name} {source.variant}"
     manifest = source.folder / MANIFEST

@@ -32,7 +32,7 @@ from s2q.exports.folder import (
     write_card,
     write_transformer,
 )
-from s2q.exports.layout import Layout, from_original, layout_of
+from s2q.exports.layout import Layout, layout_of
 from s2q.exports.target import (
     FileFormat,
     LinearForm,
@@ -48,6 +48,7 @@ from s2q.exports.text_encoders import write_dequantized
 from s2q.exports.verify import verify_written
 from s2q.generation.load import require_checkpoint
 from s2q.models import ModelSource, resolve_model
+from s2q.models.originals import from_original
 from s2q.nn import PackedLinear
 
 

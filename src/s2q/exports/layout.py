@@ -10,14 +10,14 @@ fused one, "#swap" one whose halves are exchanged.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
+from s2q.models.originals import from_original
 
 _MARK = re.compile(r"#(\d+|swap)")
 _SWAP = "#swap"
@@ -104,29 +104,6 @@ def _not_invertible(model: nn.Module, what: str, remedy: str) -> InvalidInputErr
         f"{type(model).__name__}: diffusers does not convert its original layout back ({what}), which depends on its "
         f"sizes; {remedy}"
     )
-
-
-def from_original(
-    class_name: str, tensors: Mapping[str, Tensor], *, suffixes: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """Convert tensors of the original layout by diffusers' own converter.
-
-    Args:
-        class_name: Of the transformer.
-        suffixes: Last parts of names of tensors that a linear has beside its weight and bias; the converter sees them
-            as weights.
-    """
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    convert: Callable[..., dict[str, Any]] = SINGLE_FILE_LOADABLE_CLASSES[class_name]["checkpoint_mapping_fn"]
-    plain = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in suffixes}
-    converted: dict[str, Tensor] = dict(convert(checkpoint=plain))
-    for suffix in suffixes:
-        end = f".{suffix}"
-        named = {f"{name.removesuffix(end)}.weight": tensor for name, tensor in tensors.items() if name.endswith(end)}
-        for name, tensor in convert(checkpoint=named).items():
-            converted[f"{name.removesuffix('.weight')}{end}"] = tensor
-    return converted
 
 
 def _pair(pattern: str, replacement: str) -> Rules:

@@ -20,10 +20,11 @@ from s2q.common.headers import read_headers
 from s2q.common.records import EXPORT_RECORD
 from s2q.common.weight_files import weight_files
 from s2q.exports.comfyui import COMFYUI, COMFYUI_FORMAT, read_marked
-from s2q.exports.layout import Layout, from_original, layout_of
+from s2q.exports.layout import Layout, layout_of
 from s2q.exports.sdnq import SDNQ_FORMAT, linear_options
 from s2q.exports.source import SourceFormat
 from s2q.models import ModelSource, resolve_model
+from s2q.models.originals import from_original
 from s2q.models.quantized import full_precision_origin
 
 logger = logging.getLogger(__name__)

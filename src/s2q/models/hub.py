@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +33,21 @@ class HubId:
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
-    def pipeline_folder(self, variant: str | None) -> Path:
-        """Return a cached snapshot with the files, and only those, that the pipeline loads."""
+    def pipeline_folder(self, variant: str | None, *, without: Iterable[str] = ()) -> Path:
+        """Return a cached snapshot with the files, and only those, that the pipeline loads.
+
+        Args:
+            variant: Of the weights.
+            without: Components that come from elsewhere.
+        """
         from diffusers import DiffusionPipeline
 
+        given = dict.fromkeys(without)
         try:
             return Path(
-                DiffusionPipeline.download(self.repo, revision=self.revision, variant=variant, use_safetensors=True)
+                DiffusionPipeline.download(
+                    self.repo, revision=self.revision, variant=variant, use_safetensors=True, **given
+                )
             )
         except (OSError, ValueError) as error:
             raise self._error(error) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from s2q.common.cards import read_card
+from s2q.common.cards import files_and_base, read_card
 from s2q.common.components import TRANSFORMERS
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import existing_folder, read_json
@@ -40,8 +40,11 @@ def full_precision_origin(folder: Path | None, *configs: Mapping[str, Any]) -> s
     """Return the full-precision model that a quantized one was made from, as far as its files tell.
 
     That is a folder or Hub id in `_name_or_path` of a configuration, unless it is quantized itself, or in the folder
-    `base_model` of the card or `source` of the record of s2q.
+    `base_model` of the card or `source` of the record of s2q, first of all if that names a file.
     """
+    recorded = None if folder is None else _recorded_source(folder)
+    if recorded is not None and files_and_base(recorded)[0] is not None:
+        return recorded
     named = (config.get("_name_or_path") for config in configs)
     places = [str(place) for place in named if isinstance(place, (str, Path)) and _is_name(str(place))]
     here = [(place, existing_folder(place)) for place in places]
@@ -50,7 +53,7 @@ def full_precision_origin(folder: Path | None, *configs: Mapping[str, Any]) -> s
     candidates = [_name_of(path) for _, path in here if path is not None and _is_full_precision(path)]
     candidates += [base] if _is_name(base) else []
     candidates += [place for place, path in here if path is None and parse_hub_id(place) is not None]
-    return next(iter(candidates), None if folder is None else _recorded_source(folder))
+    return next(iter(candidates), recorded)
 
 
 def _is_name(value: Any) -> bool:

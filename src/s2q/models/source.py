@@ -33,6 +33,15 @@ from s2q.common.weight_files import has_variant, names_in, variants_in, weight_f
 from s2q.core.storage import BF16_BYTES
 from s2q.models.hub import HubId, parse_hub_id
 from s2q.models.lora import Lora, fuse_loras
+from s2q.models.originals import (
+    file_alone,
+    load_originals,
+    original_headers,
+    originals_text,
+    other_components,
+    parse_originals,
+    with_originals,
+)
 from s2q.models.quantized import CONVERTED, already_quantized, full_precision_origin
 
 if TYPE_CHECKING:
@@ -59,10 +68,11 @@ class ModelSource:
         hub: The repository at the commit that was resolved; None for models that are not on the Hub.
         hub_names: Names of all files of the repository; None where they are not known.
         loras: Adapters that are fused when it is loaded.
+        originals: Files that transformers are loaded from, by component; the rest is from the folder.
     """
 
     name: str
-    kind: Literal["embedded", "folder", "hub"]
+    kind: Literal["embedded", "folder", "hub", "file"]
     given: str
     folder: Path
     index: Mapping[str, Any] = field(repr=False)
@@ -71,10 +81,13 @@ class ModelSource:
     hub: HubId | None = None
     hub_names: frozenset[str] | None = field(default=None, repr=False)
     loras: tuple[Lora, ...] = ()
+    originals: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def pinned(self) -> str:
         """The name that loads the same model anywhere: embedded name, absolute folder, or Hub id at a commit."""
+        if self.originals:
+            return originals_text(self.originals, str(self.hub or self.folder.resolve()))
         if self.kind == "folder":
             return str(self.folder.resolve())
         return self.name if self.hub is None else str(self.hub)
@@ -176,7 +189,8 @@ class ModelSource:
     def _downloaded(self) -> ModelSource:
         if self.hub is None:
             return self
-        return replace(self, folder=self.hub.pipeline_folder(self.variant), hub_names=None)
+        folder = self.hub.pipeline_folder(self.variant, without=self.originals)
+        return replace(self, folder=folder, hub_names=None)
 
     def complete_folder(self) -> Path:
         """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks."""
@@ -186,13 +200,13 @@ class ModelSource:
     def weights_folder(self, dtype: torch.dtype, *, pipe: DiffusionPipeline | None = None) -> Iterator[Path]:
         """Give a folder with the weights of the transformers as `load_pipeline` loads them in a dtype.
 
-        It is the model's folder, unless loading changes the weights: adapters are fused, outlier channels are added.
+        It is the model's folder, unless they are not there: read from files, adapters fused, outlier channels added.
         `pipe` is what `load_pipeline` returned in that dtype, if it is loaded already; its transformers are not needed
         inside the context.
         """
         from s2q.shapes.embedded import has_outliers
 
-        if not (self.loras or (self.kind == "embedded" and has_outliers(self.name))):
+        if not (self.loras or self.originals or (self.kind == "embedded" and has_outliers(self.name))):
             yield self.complete_folder()
             return
         with scratch_folder("weights") as folder:
@@ -300,6 +314,8 @@ class ModelSource:
             pipe.register_to_config(_name_or_path=self.name)  # not the folder, which the variants share
         else:
             pipe = self._downloaded._load(wanted)
+            if self.originals:
+                pipe.register_to_config(_name_or_path=self.name)
         fuse_loras(pipe, self.loras)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
@@ -308,7 +324,7 @@ class ModelSource:
         from diffusers import DiffusionPipeline
 
         check_folder(self.folder, self.index)
-        for component in self.component_classes:
+        for component in self.component_classes.keys() - self.originals.keys():
             tensors = read_headers(self.weight_files(component))  # a truncated file is named
             if component in TRANSFORMERS:
                 check_no_adapter(self.folder / component, tensors)
@@ -319,19 +335,24 @@ class ModelSource:
         foreign = [f"{component} is quantized by {method}" for component, method in methods]
         remedy = f"{', '.join(foreign)}: see what that needs" if foreign else _REMEDY
         try:
-            return DiffusionPipeline.from_pretrained(
-                self.folder,
-                dtype=dtype,
-                variant=self.variant,
-                use_safetensors=True,  # never a pickle
-            )
+            with other_components(self) as folder:
+                return DiffusionPipeline.from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    variant=self.variant,
+                    use_safetensors=True,  # never a pickle
+                    **load_originals(self, dtype),
+                )
         except Exception as error:
             raise loading_error(self.folder, error, remedy=remedy) from error
 
     def _headers(self) -> dict[str, TensorInfo]:
         """The headers of the transformers' weights; none if they are not all on this machine."""
-        files = [path for component in self.transformer_configs for path in self.weight_files(component)]
+        stored = self.transformer_configs.keys() - self.originals.keys()
+        files = [path for component in stored for path in self.weight_files(component)]
         tensors = read_headers(files) if all(path.is_file() for path in files) else {}
+        for component, path in self.originals.items():
+            tensors |= {f"{component}.{name}": info for name, info in original_headers(path).items()}
         check_no_adapter(self.folder, tensors)
         return tensors
 
@@ -372,7 +393,8 @@ def resolve_model(
 
     Args:
         model: "shapes-cogvideox", a path of a diffusers pipeline folder, "organisation/name" or
-            "organisation/name@revision" on the Hub; a resolved source is returned unchanged.
+            "organisation/name@revision" on the Hub, or "FILE.safetensors@" and one of these, for the weights of a
+            transformer from a file; a resolved source is returned unchanged.
         variant: Variant of the weights to load, "fp16"; components without it are loaded without.
         needs_variant: Whether a model without the variant in any component is refused, or loaded without.
     """
@@ -384,16 +406,16 @@ def resolve_model(
     if isinstance(model, str) and "/" not in text and text in EMBEDDED_NAMES:
         source = _source_in(Path(embedded_folder(text)), name=text, kind="embedded")
         return _with_variant(source, variant, needed=needs_variant)
+    if isinstance(model, str) and (parsed := parse_originals(text)) is not None:
+        base = resolve_model(parsed[1], variant=variant, needs_variant=needs_variant)
+        check_full_precision(base)
+        return with_originals(base, parsed[0], given=text)
     path = Path(model).expanduser()
     if path.is_dir():
         source = replace(_source_in(path, name=path.resolve().name, kind="folder"), given=text)
         return _with_variant(source, variant, needed=needs_variant)
     if path.exists():
-        raise InvalidInputError(
-            f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json (single "
-            "files and GGUF are not read: load them with diffusers and save the pipeline; s2q convert reads quantized "
-            "ones of ComfyUI)"
-        )
+        raise file_alone(path)
     hub = parse_hub_id(text) if isinstance(model, str) else None
     if hub is not None:
         folder = hub.snapshot(complete=False)
