@@ -88,6 +88,7 @@ def served_site(site):
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index", "models"])
 def test_pages_log_no_error_ask_no_other_host_fit_the_window_and_are_accessible(served_site, visit, name):
     with visit() as visitor:
@@ -95,6 +96,7 @@ def test_pages_log_no_error_ask_no_other_host_fit_the_window_and_are_accessible(
         visitor.check(served_site)
 
 
+@pytest.mark.slow
 def test_a_word_of_the_reference_is_found(served_site, visit):
     with visit() as visitor:
         page = visitor.open(f"http://{served_site}/index.html")

@@ -22,6 +22,13 @@ SETTLED = """async () => {
   const transitions = document.getAnimations().filter((one) => one instanceof CSSTransition);
   await Promise.allSettled(transitions.map((one) => one.finished));
 }"""
+OVERFLOW = """() => {
+  const wide = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth <= wide) return [];
+  const right = (element) => element.getBoundingClientRect().right;
+  const past = [...document.body.querySelectorAll("*")].filter((element) => right(element) > wide + 1);
+  return past.map((element) => `${element.tagName}.${element.className}: ${right(element)} > ${wide}`);
+}"""
 AXE = """async () => {
   const result = await axe.run(document, {resultTypes: ["violations"]});
   const grave = result.violations.filter((rule) => ["serious", "critical"].includes(rule.impact));
@@ -63,23 +70,21 @@ class Visit:
         self.page.wait_for_load_state("load")
         return self.page
 
+    def settle(self):
+        """Wait until the page is drawn and nothing fades in or changes its colour."""
+        self.page.evaluate(SETTLED)
+
     def violations(self):
-        """Return the serious and critical violations that axe-core finds, each with its elements."""
-        if not self.page.evaluate("typeof axe === 'object'"):
-            self.page.evaluate(axe_script())
+        """Return the serious and critical violations that axe-core finds, each with its elements, frames included."""
+        self.settle()
+        for frame in self.page.frames:
+            if not frame.evaluate("typeof axe === 'object'"):
+                frame.evaluate(axe_script())
         return self.page.evaluate(AXE)
 
     def overflow(self):
-        """Return how many pixels the document is wider than the window, and the elements that cause it."""
-        return self.page.evaluate(
-            """() => {
-              const wide = document.documentElement.clientWidth;
-              if (document.documentElement.scrollWidth <= wide) return [];
-              const right = (element) => element.getBoundingClientRect().right;
-              const past = [...document.body.querySelectorAll("*")].filter((element) => right(element) > wide + 1);
-              return past.map((element) => `${element.tagName}.${element.className}: ${right(element)} > ${wide}`);
-            }"""
-        )
+        """Return the elements that are wider than the window, or than the frame that they are in."""
+        return [element for frame in self.page.frames for element in frame.evaluate(OVERFLOW)]
 
     def foreign(self, host=None):
         """Return the requests that left the page's own files, or those to another host than the one given."""
@@ -95,7 +100,7 @@ class Visit:
         for index, (width, scheme) in enumerate(WINDOWS):
             self.page.set_viewport_size({"width": width, "height": 1000})
             self.page.emulate_media(color_scheme=scheme)
-            self.page.evaluate(SETTLED)
+            self.settle()
             assert self.overflow() == [], (width, scheme)
             if index < 2:
                 assert self.violations() == [], (width, scheme)

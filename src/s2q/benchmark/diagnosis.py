@@ -116,6 +116,13 @@ NEEDS: dict[str, Need] = {
         remedy="pip install 's2q[lora]'",
         optional=True,
     ),
+    "gradio": Need(
+        obstacle=_package("gradio"),
+        purpose="s2q ui: two models side by side in the browser",
+        without="it is refused",
+        remedy="pip install 's2q[ui]'",
+        optional=True,
+    ),
     "ftfy": Need(
         obstacle=_package("ftfy"),
         purpose="prompts of diffusers' Wan pipelines",

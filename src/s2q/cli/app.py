@@ -16,6 +16,7 @@ from s2q.cli.generate import generate
 from s2q.cli.plan import plan
 from s2q.cli.push import push
 from s2q.cli.quantize import inspect, quantize
+from s2q.cli.ui import ui
 from s2q.common.errors import UsageError
 
 app = typer.Typer(
@@ -77,6 +78,7 @@ EXAMPLES = {
     "export": ("s2q export shapes-w4a8 --to diffusers -o shapes-plain",),
     "convert": ("s2q convert sdnq-model -o converted",),
     "push": ("s2q push shapes-w4a8 acme/shapes-w4a8 --eval eval.json --videos videos",),
+    "ui": ("s2q ui", "s2q ui runs/wan-w4a8 -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --device cuda"),
     "doctor": ("s2q doctor --device cpu",),
 }
 """Examples of each command, shown at the end of its help."""
@@ -87,5 +89,5 @@ def _add(command: Callable[..., None], name: str) -> None:
     app.command(name, epilog="\n".join(["\b", f"Example{'s' if len(lines) > 1 else ''}:", *lines]))(command)
 
 
-for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export, convert, push, doctor):
+for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export, convert, push, ui, doctor):
     _add(command, "eval" if command is evaluate else command.__name__)

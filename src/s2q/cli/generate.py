@@ -56,7 +56,7 @@ def generate(
         raise UsageError(f"generate: -o must be a folder; got {out}; remove {out.suffix}")
     check_output(out, overwrite=overwrite, owned=_OWNED)
     device = options.resolve_device(device)
-    _check_backend(backend, device)
+    check_backend(backend, device)
     from s2q.cli import console, next_steps, output
     from s2q.generation.defaults import frame_rate_of
     from s2q.generation.generate import generate as run
@@ -128,7 +128,7 @@ def _write(
     }
 
 
-def _check_backend(name: str, device: str) -> None:
+def check_backend(name: str, device: str) -> None:
     """Refuse a backend that cannot run on the device, before anything is loaded."""
     import torch
 

@@ -25,5 +25,6 @@ PLAN_VERSION = 1  # what `s2q plan` prints
 PUSH_VERSION = 1  # what `s2q push` prints
 REPORT_VERSION = 1  # s2q/report.json
 SELECTION_VERSION = 1  # s2q/selection.json
+UI_VERSION = 1  # what `s2q ui --json` prints
 VBENCH_VERSION = 1  # the record of videos made for VBench
 VERSIONS_VERSION = 1  # what `s2q --version --json` prints

@@ -1,0 +1,67 @@
+"""Models that the page of `s2q ui` offers, and pairs that it compares."""
+
+import pytest
+
+import s2q
+from s2q.common.errors import InvalidInputError
+from s2q.ui.offers import DATA_FREE, check_pair, offered, partners
+
+
+@pytest.fixture
+def embedded_checkpoint(embedded_tiny, tmp_path):
+    """A checkpoint whose record names an embedded model."""
+    s2q.quantize(embedded_tiny, recipe="rtn-w4a8", out=tmp_path / "embedded-w4a8")
+    return tmp_path / "embedded-w4a8"
+
+
+def labels(offers):
+    return [offer.label for offer in offers]
+
+
+def test_without_arguments_the_embedded_models_are_offered_with_recipes_that_need_no_samples():
+    offers = offered()
+    assert labels(offers)[:5] == [
+        "shapes-cogvideox",
+        "shapes-cogvideox-outliers",
+        "shapes-wan",
+        "shapes-wan-outliers",
+        "shapes-wan-i2v",
+    ]
+    assert len(offers) == 5 * (1 + len(DATA_FREE))
+    assert [offer.label for offer in offers if offer.needs_image and not offer.quantized] == ["shapes-wan-i2v"]
+    others = labels(partners(offers[2], offers))
+    assert "shapes-wan, table-w4a8" in others
+    assert not any("cogvideox" in name or "i2v" in name for name in others)
+
+
+def test_checkpoints_are_offered_with_the_given_model_or_the_embedded_one_that_they_were_made_from(
+    checkpoint, tiny_model, embedded_checkpoint
+):
+    full, quantized = offered(models=[tiny_model], checkpoints=[checkpoint])
+    assert labels([full, quantized]) == [str(tiny_model), str(checkpoint)]
+    assert (full.quantized, quantized.quantized) == (False, True)
+    assert partners(full, [full, quantized]) == [quantized]
+    found = labels(offered(checkpoints=[embedded_checkpoint]))
+    assert found[:3] == ["shapes-cogvideox", str(embedded_checkpoint), "shapes-cogvideox, table-w4a8"]
+
+
+def test_what_cannot_be_offered_is_refused_with_its_remedy(checkpoint, tiny_model, tmp_path):
+    with pytest.raises(InvalidInputError, match="is not an s2q checkpoint; pass a full-precision model with -m"):
+        offered(checkpoints=[tiny_model])
+    with pytest.raises(InvalidInputError, match="tiny: has nothing to be compared with; pass a full-precision model"):
+        offered(models=[tiny_model])
+    with pytest.raises(
+        InvalidInputError, match="the model that it was made from, tiny, with -m MODEL, or a checkpoint"
+    ):
+        offered(checkpoints=[checkpoint])
+    with pytest.raises(InvalidInputError, match=r"tiny-w4a6: .*that of the reference shapes-wan"):
+        offered(models=["shapes-wan"], checkpoints=[checkpoint])
+    with pytest.raises(InvalidInputError, match="does not exist"):
+        offered(checkpoints=[tmp_path / "absent"])
+
+
+def test_two_models_of_other_architectures_are_no_pair():
+    offers = {offer.label: offer for offer in offered()}
+    check_pair(offers["shapes-wan"], offers["shapes-wan-outliers, rtn-w4a4"])
+    with pytest.raises(InvalidInputError, match="compare it with the model that it was made from"):
+        check_pair(offers["shapes-wan"], offers["shapes-cogvideox"])

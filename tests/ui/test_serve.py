@@ -1,0 +1,71 @@
+"""What `s2q ui` refuses before a model is loaded."""
+
+import json
+import socket
+
+import pytest
+
+from s2q.cli import run
+from s2q.ui import serve
+
+
+@pytest.fixture
+def taken_port():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_offered(monkeypatch):
+    def refused(*args):
+        raise AssertionError("models are looked at after everything else")
+
+    monkeypatch.setattr(serve, "offered", refused)
+
+
+def refusal(capsys, *arguments):
+    code = run(["ui", "--device", "cpu", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    return code, line
+
+
+def test_a_port_in_use_ends_with_exit_code_5(capsys, taken_port):
+    code, line = refusal(capsys, "--port", str(taken_port))
+    assert code == 5
+    assert f"--port {taken_port}: in use on 127.0.0.1; stop what uses it, or pass another" in line
+
+
+def test_a_missing_gradio_ends_with_exit_code_4_and_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "is_installed", lambda name: name != "gradio")
+    code, line = refusal(capsys)
+    assert code == 4
+    assert "gradio is not installed; pip install 's2q[ui]'" in line
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_ends_with_exit_code_3(capsys, host):
+    code, line = refusal(capsys, "--host", host, "--port", "0")
+    assert code == 3
+    assert f"--host {host}" in line
+
+
+def test_a_free_port_is_found_for_zero():
+    assert serve.free_port("127.0.0.1", 0) > 0
+
+
+def test_the_address_and_the_models_are_written_as_json(capsys, monkeypatch):
+    def served(checkpoints, *, models, ready, **options):
+        assert (list(checkpoints), list(models), options["host"], options["share"]) == (
+            ["a"],
+            ["b"],
+            "127.0.0.1",
+            False,
+        )
+        ready("http://127.0.0.1:7860/", ["a", "b"])
+
+    monkeypatch.setattr(serve, "serve", served)
+    assert run(["ui", "a", "-m", "b", "--json", "--device", "cpu"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content == {"schema_version": 1, "address": "http://127.0.0.1:7860/", "models": ["a", "b"]}
