@@ -12,12 +12,13 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
-# The quick tests, 7 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py).
+# The quick tests, 7 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py). ALL=1 adds the slow ones
+# and those on emulated GPUs.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)
 	@command -v chromium > /dev/null || echo "No chromium: tests of pages in a browser are skipped (apt-get install chromium)"
-	$(PYTEST)
-	@$(MAKE) --no-print-directory test-emulated
+	$(PYTEST) $(if $(ALL),-m "not gpu and not vbench and not faults")
+	$(if $(ALL),@$(MAKE) --no-print-directory test-emulated)
 
 # The GPU path on two emulated GPUs; see tests/emulation/README.md.
 test-emulated: $(READY)
