@@ -1,8 +1,9 @@
-"""Figures of the docs that `python benchmarks/tables.py` draws from results: error against minutes of quantization."""
+"""Figures of the docs that `python benchmarks/tables.py` draws from results: error against minutes, the concepts."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import concept_figures
 from methods import WIDTHS, mean_error, with_shared_videos
 from peer_tables import records_of
 
@@ -72,6 +73,10 @@ def why_calibrate() -> str:
 FIGURES: Mapping[str, Callable[[], str]] = {
     "error-against-minutes.svg": every_method,
     "why-calibrate.svg": why_calibrate,
+    "concept-sds.svg": concept_figures.selection,
+    "concept-std.svg": concept_figures.attention,
+    "concept-transforms.svg": concept_figures.transforms,
+    "concept-gptq.svg": concept_figures.gptq,
 }
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from s2q.distillation.attention_profile import ImportanceMap
 from s2q.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, data_url, label_text, svg
-from s2q.report.video import DISPLAY_PIXELS, enlarged, reduced
+from s2q.report.video import DISPLAY_PIXELS, reduced
 
 MOST_BLOCKS = 6
 """Most blocks whose maps are shown; of more, evenly spaced ones."""
@@ -27,6 +27,7 @@ _COLOUR = (222, 108, 22)
 _GREY = 0.55
 _LABEL, _GAP, _HEADER = 76, 7, 40
 _TILE = 120
+_STORED = 1024
 
 
 def recorded(blocks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -162,8 +163,7 @@ def _pictures(frames: np.ndarray, shown: ImportanceMap) -> list[Image.Image]:
     """Frames of a video at the times of latent frames, small."""
     last = max(1, shown.grid[0] - 1)
     places = [round(index / last * (len(frames) - 1)) for index in shown.frames]
-    small = enlarged(reduced(frames[places], longest=DISPLAY_PIXELS // 2), target=DISPLAY_PIXELS // 2)
-    return [Image.fromarray(frame) for frame in small]
+    return [Image.fromarray(frame) for frame in reduced(frames[places], longest=DISPLAY_PIXELS // 2)]
 
 
 def _grey(picture: Image.Image) -> Image.Image:
@@ -181,8 +181,9 @@ def _heat(values: np.ndarray, peak: float) -> Image.Image:
 
 
 def _png(picture: Image.Image) -> str:
+    """A PNG; small ones are not compressed, so their bytes do not depend on the version of zlib."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG", compress_level=0 if picture.width * picture.height <= _STORED else 9)
     return data_url("image/png", buffer.getvalue())
 
 
