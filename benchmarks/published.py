@@ -15,14 +15,12 @@ from s2q.models.family import ImageToVideo
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import plan
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
-from s2q.planning.gpus import gpu
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.recipes.load import load_recipe
 
 GIB = 2**30
 SIZES = ("num_frames", "height", "width")
 PLUS = "s2q-plus-w4a6"
-TIMED = ("h100", "a100", "4090")
 GPUS = (24 * 10**9, 80 * 10**9)
 """Memory in bytes of the GPUs that runs are planned for."""
 
@@ -84,7 +82,7 @@ def sizes_table(recipe: str) -> str:
             outer, plus = (plan_of(entry["synthetic"], *given).storage for given in ((recipe, "outer=null"), (PLUS,)))
             figures = [storage["full_precision_bytes"] / GIB, storage["quantized_bytes"] / GIB]
             cells += [f"{figure:.2f}" for figure in (*figures, storage["ratio"], outer["ratio"], plus["ratio"])]
-        lines.append(table_row(entry["title"], cells))
+        lines.append(table_row(f"[{entry['title']}](models/{entry['page']}.md)", cells))
     return "\n".join(lines)
 
 
@@ -139,25 +137,6 @@ def cost_table(recipe: str) -> str:
     return "\n".join(lines)
 
 
-def time_table(recipe: str) -> str:
-    """Counted work of a run and estimated GPU hours, as the recipe calibrates and in the model's dtype."""
-    heads = ["calibrated in", "FLOP", "elementwise bytes", *(gpu(name).title for name in TIMED), "paper, A800"]
-    lines = table_head("model", heads)
-    figures = paper_tables()["samples"]["values"]
-    for name, entry in published_models().items():
-        if entry["synthetic"] is None:
-            continue
-        hours, _ = figures.get(name, {}).get("40 samples", (None, None))
-        for precision in ("float32", "bfloat16"):
-            plans = [on_gpu(entry["synthetic"], recipe, precision, device) for device in TIMED]
-            stages = plans[0].stages
-            cells = ["fp32" if precision == "float32" else "bf16"]
-            cells += [f"{sum(getattr(stage, key) or 0 for stage in stages):.1e}" for key in ("flop", "traffic_bytes")]
-            cells += [_hours(planned) for planned in plans]
-            lines.append(table_row(entry["title"], [*cells, "" if hours is None else f"{hours:.2f} h"]))
-    return "\n".join(lines)
-
-
 @functools.cache
 def on_gpu(synthetic: str, recipe: str, precision: str, device: str) -> Any:
     """Return the plan of a model by its dimensions on a GPU by name, which its time is estimated for."""
@@ -166,7 +145,7 @@ def on_gpu(synthetic: str, recipe: str, precision: str, device: str) -> Any:
     return plan(f"synthetic:{synthetic}", recipe=recipe, overrides=overrides, device=device, memory_budget=budget)
 
 
-def _hours(planned: Any) -> str:
+def planned_hours(planned: Any) -> str:
     """Minutes or hours with their range; a dash where it does not fit."""
     if max(stage.peak_memory_bytes for stage in planned.stages) > planned.device["memory_bytes"]:
         return "does not fit"

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from choosing import devices_table, models_table, recipes_table
 from export_tables import exports_table
+from family_pages import modes_table, page_names, sizes_and_times_table
 from figures import FIGURES, IMAGES
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
 from methods import field_table, measured_errors, methods_table, parts_added_table
 from peer_tables import peers_table
-from published import bytes_table, calls_table, commands_of, cost_table, python_of, sizes_table, time_table
+from published import bytes_table, calls_table, commands_of, cost_table, python_of, sizes_table
 from reproduce.beside import overview_table
 from scaling_tables import limits_table, speedup_table
 from speed_tables import (
@@ -53,6 +54,7 @@ PAGES = (
     "docs/scale-out.md",
     "docs/decisions.md",
     "docs/recipes.md",
+    *(f"docs/models/{name}.md" for name in page_names()),
 )
 MEASURED = "src/s2q/planning/measured.yaml"
 WIDTHS = ("w8a8", "w4a16", "w4a8", "w4a6", "w4a4", "w3a6")
@@ -310,7 +312,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "sizes": sizes_table,
     "bytes": bytes_table,
     "cost": cost_table,
-    "time": time_table,
+    "family": sizes_and_times_table,
+    "modes": modes_table,
     "calls": calls_table,
     "commands": commands_of,
     "python": python_of,

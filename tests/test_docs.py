@@ -12,8 +12,8 @@ import typer
 from yaml import safe_load
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-LONG_TABLES = ("choose.md", "real-models.md", "results.md")
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LONG_TABLES = ("choose.md", "ltx.md", "real-models.md", "results.md", "wan.md")
 
 
 def pages_with_marks():

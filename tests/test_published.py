@@ -1,4 +1,4 @@
-"""What docs/real-models.md tells people to type: understood by the command line, and run on tiny pipelines."""
+"""The commands of docs/real-models.md and docs/models/: understood by the command line, and run on tiny pipelines."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import typer
+from family_pages import families_of, modes_table, page_names, sizes_and_times_table
 from published import planned_peak, published_models, python_of
 from reproduce.command import arguments_of
 
@@ -19,7 +20,8 @@ from s2q.recipes.load import load_recipe
 from s2q.report.video import encode_mp4
 from tiny import moving_square, tiny_pipeline, video_size
 
-PAGE = (Path(__file__).parent.parent / "docs" / "real-models.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [DOCS / "real-models.md", *sorted((DOCS / "models").glob("*.md"))]
 PIPELINES = {
     "CogVideoXPipeline": "cogvideox",
     "HunyuanVideoPipeline": "hunyuanvideo",
@@ -34,8 +36,9 @@ PIPELINES = {
 
 
 def commands(program):
-    """The commands of the page that begin with a program, without comments."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    """The commands of the pages that begin with a program, without comments."""
+    pages = "\n".join(page.read_text() for page in PAGES)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", pages, flags=re.DOTALL | re.MULTILINE)
     text = "\n".join(block for language, block in blocks if not language)
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
@@ -71,6 +74,27 @@ def test_the_commands_of_the_papers_tables_are_understood():
     read = [arguments_of(words[2:]) for words in typed]
     assert {one.table for one in read} == {"vbench-w4a6"}
     assert read[0].dry_run
+
+
+def test_every_family_has_a_page_with_each_of_its_models():
+    assert {path.stem for path in PAGES[1:]} == set(page_names())
+    for name, entry in published_models().items():
+        page = (DOCS / "models" / f"{entry['page']}.md").read_text()
+        assert f"\n## {entry['title']}\n" in page
+        assert f"<!-- table: commands {name} -->" in page
+
+
+def test_every_supported_transformer_is_on_the_page_of_a_family():
+    assert {name for page in page_names() for name, _ in families_of(page)} == set(FAMILIES)
+
+
+def test_a_family_page_has_the_storage_that_is_planned_and_its_pipelines():
+    storage, time = (line for line in sizes_and_times_table("skyreels-v2").splitlines() if line.startswith("| SkyR"))
+    assert "h (" in time
+    assert storage.split(" | ")[1:3] == ["26.61 GiB", "6.87 GiB"]
+    modes = modes_table("wan")
+    assert "| `WanImageToVideoPipeline` | image to video | yes | diffusers, SDNQ, ComfyUI, GGUF |" in modes
+    assert "| `WanAnimatePipeline` | image, pose video and face video to video |" in modes
 
 
 def test_published_models_name_the_synthetic_ones():
