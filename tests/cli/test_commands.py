@@ -323,3 +323,42 @@ def test_a_quantized_embedded_model_keeps_its_settings(embedded_tiny, tmp_path, 
     output_of(capsys, arguments)
     latents = safetensors.torch.load_file(tmp_path / "v" / "latents.safetensors")
     assert latents["000-a"].shape == (3, 4, 4, 4), "32 x 32 pixels, as recommended for the embedded model"
+
+
+@pytest.mark.slow
+def test_eval_writes_a_page_of_a_checkpoint_with_what_its_run_recorded(embedded_tiny, tmp_path, capsys):
+    fast = ["--set", "calibration.n_prompts=2", "--set", "calibration.samples=3", "--set", "distillation.epochs=1"]
+    model = tmp_path / "q"
+    output_of(capsys, ["quantize", "-m", embedded_tiny, "-r", "s2q-w4a6", *fast, "-o", model, "--device", "cpu"])
+    page = tmp_path / "report.html"
+    arguments = ["eval", "-m", model, "--reference", embedded_tiny, "--num-prompts", "5", "--seeds", "2"]
+    arguments += ["-o", tmp_path / "e.json", "--page", page, "--device", "cpu", "--workers", "1"]
+    said = output_of(capsys, arguments).err
+    assert f"{page}" in said
+    text = page.read_text()
+    assert text.count("data:video/mp4;base64,") == 3 * 4, "four prompts with the first seed"
+    for heading in (
+        "Selected samples",
+        "Loss by block",
+        "Attention mass",
+        "Attention over frames",
+        "Planned and measured",
+    ):
+        assert heading in text, heading
+    assert "exists; pass --overwrite" in output_of(capsys, [*arguments[:-2], "-o", tmp_path / "f.json"], 3).err
+
+    report = model / "s2q/report.json"
+    report.write_text(report.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    before = page.read_bytes()
+    said = output_of(capsys, [*arguments, "--overwrite", "--no-verify"], 3).err
+    assert "report.json: schema_version=9; expected 1 for a report page; upgrade s2q" in said
+    assert page.read_bytes() == before, "refused before anything is computed"
+
+
+def test_eval_writes_a_page_of_a_model_without_a_run(embedded_tiny, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    arguments = ["eval", "-m", embedded_tiny, "--reference", embedded_tiny, "--num-prompts", "1", "--seeds", "1"]
+    output_of(capsys, [*arguments, "-o", tmp_path / "e.json", "--page", page, "--device", "cpu"])
+    text = page.read_text()
+    assert "No report of a run is in this model" in text
+    assert text.count("data:video/mp4;base64,") == 3

@@ -67,6 +67,11 @@ def test_of_many_blocks_evenly_spaced_ones_are_shown():
     assert names[-1] == "blocks.39 <b>"
 
 
+def test_maps_are_of_one_sample_though_a_second_transformer_has_its_own():
+    both = [*blocks(3), *blocks(2, sample="prompt 0, step 9, branch 1")]
+    assert [block["attention"]["map"]["sample"] for block in mapped(both)] == ["prompt 1, step 4, branch 0"] * 3
+
+
 def test_the_sample_is_read_from_its_name():
     assert map_sample(blocks(1)) == (1, 4, 0)
     assert map_sample(blocks(1, grid=None)) is None

@@ -175,7 +175,7 @@ def _commands(
     return (
         f"s2q quantize -m {model} -r {recipe.name}{changes} -o {checkpoint}",
         f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps}"
-        f" --sensitivity {_SENSITIVITY_PROMPTS} -o eval.json",
+        f" --sensitivity {_SENSITIVITY_PROMPTS} -o eval.json --page report.html",
         f"s2q generate -m {checkpoint} --prompt {shlex.quote(prompt)} --steps {steps} -o videos",
     )
 

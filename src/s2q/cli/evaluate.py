@@ -27,6 +27,12 @@ VBenchDims = Annotated[
 VBenchCache = Annotated[
     Path | None, options.folder_option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.")
 ]
+Page = Annotated[
+    Path | None,
+    options.file_option(
+        "--page", help="Also write an HTML report: videos side by side, metrics, what the run recorded."
+    ),
+]
 
 
 @options.takes_generation
@@ -41,6 +47,7 @@ def evaluate(
     lpips_weights: options.LpipsWeights = None,
     clip: options.ClipFolder = None,
     sensitivity: options.Sensitivity = None,
+    page: Page = None,
     vbench_python: VBenchPython = None,
     vbench_dims: VBenchDims = None,
     vbench_cache: VBenchCache = None,
@@ -61,7 +68,7 @@ def evaluate(
     """Evaluate a model against full precision."""
     check_file_output(out, overwrite=overwrite)
     device = options.resolve_device(device)
-    from s2q.cli import console, judges, next_steps, output
+    from s2q.cli import console, judges, next_steps, output, pages
     from s2q.evaluation import evaluate as evaluation
     from s2q.evaluation.video_metrics import selected_metrics
     from s2q.generation.defaults import frame_rate_of, quantization_scheme
@@ -69,19 +76,11 @@ def evaluate(
     console.quiet_libraries()
     selected_metrics(metrics or (), lpips=lpips_weights is not None, clip=clip is not None)  # refuses unknown ones
     ours, theirs = _sides(model, reference, variant)
+    shown = pages.EvaluationPage.prepare(page, ours.folder, overwrite=overwrite)
     texts = options.read_prompt_file(prompts) or evaluation.default_prompts(theirs, count=num_prompts)
-    planned = judges.vbench_plan(
-        out,
-        texts,
-        seeds=seeds,
-        device=device,
-        num_frames=generation.get("num_frames"),
-        frame_rate=frame_rate_of(theirs),
-        python=vbench_python,
-        dimensions=vbench_dims or (),
-        cache=vbench_cache,
-        overwrite=overwrite,
-    )
+    vbench = {"python": vbench_python, "dimensions": vbench_dims or (), "cache": vbench_cache}
+    frames = {"num_frames": generation.get("num_frames"), "frame_rate": frame_rate_of(theirs)}
+    planned = judges.vbench_plan(out, texts, seeds=seeds, device=device, overwrite=overwrite, **frames, **vbench)
     with console.progress() as report, output_lock(out):
         result = evaluation.evaluate(
             ours,
@@ -102,12 +101,14 @@ def evaluate(
             engine=engine,
             ray_address=ray_address,
             offload=offload,
-            video_done=judges.keep_for(planned),
+            video_done=pages.all_of(judges.keep_for(planned), shown and shown.keep),
             progress=report,
         )
         result = _written(out, result, planned, report)
+        if shown is not None:
+            shown.write(result, reference=theirs)
     output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
-    console.say(f"written to {out}")
+    console.say(f"written to {out if page is None else f'{out} and {page}'}")
     if not as_json:
         next_steps.say_next(next_steps.after_evaluate(model, reference, out))
 

@@ -4,21 +4,75 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2q.cli import console
+from s2q.common.files import atomic_write_text
+from s2q.common.outputs import check_file_output
 from s2q.report.formatting import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
     from s2q.generation.generate import Video
+    from s2q.models import ModelSource
     from s2q.report.page import PageContent
     from s2q.report.run_records import RunRecords
 
 SHOWN_PROMPTS = 4
+
+VideoDone = Callable[[str, Any], None]
+
+
+def all_of(*listeners: VideoDone | None) -> VideoDone | None:
+    """Return a listener that tells all of those that are there; None without any."""
+    given = [listener for listener in listeners if listener is not None]
+
+    def tell(label: str, video: Any) -> None:
+        for listener in given:
+            listener(label, video)
+
+    return tell if given else None
+
+
+@dataclass
+class EvaluationPage:
+    """The page of an evaluation: its path, the records of the run, and the videos that it shows, by prompt."""
+
+    path: Path
+    records: RunRecords
+    theirs: dict[str, Video] = field(default_factory=dict)
+    ours: dict[str, Video] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, path: Path | None, folder: Path, *, overwrite: bool) -> EvaluationPage | None:
+        """Check the path and read the records of a model's folder, before anything is computed; None without a path."""
+        from s2q.report.run_records import read_records
+
+        if path is None:
+            return None
+        check_file_output(path, overwrite=overwrite)
+        return cls(path=path, records=read_records(folder))
+
+    def keep(self, _label: str, video: Video) -> None:
+        """Keep the first video of each of the first prompts: full precision's, which come first, then the model's."""
+        if video.prompt not in self.theirs:
+            if len(self.theirs) < SHOWN_PROMPTS:
+                self.theirs[video.prompt] = video
+        elif video.prompt not in self.ours and self.theirs[video.prompt].seed == video.seed:
+            self.ours[video.prompt] = video
+
+    def write(self, evaluation: Mapping[str, Any], *, reference: ModelSource) -> None:
+        """Write the page. The sample of the attention maps is generated again only with an embedded model."""
+        from s2q.report.page import render_page
+
+        embedded = reference.kind == "embedded"
+        frames = sample_frames(reference.name, self.records) if embedded else None
+        content = page_content(self.records, evaluation, pairs_of(self.theirs, self.ours), frames=frames)
+        atomic_write_text(self.path, render_page(content))
 
 
 def page_content(

@@ -145,8 +145,13 @@ def map_chart(blocks: Sequence[Mapping[str, Any]], frames: np.ndarray | None = N
 
 
 def mapped(blocks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the blocks whose maps are shown: at most `MOST_BLOCKS`, evenly spaced, first and last included."""
-    found = [block for block in recorded(blocks) if block["attention"]["map"]]
+    """Return the blocks whose maps are shown: at most `MOST_BLOCKS`, evenly spaced, first and last included.
+
+    All are of the sample of the first: a second transformer has samples of its own.
+    """
+    with_map = [block for block in recorded(blocks) if block["attention"]["map"]]
+    samples = [block["attention"]["map"]["sample"] for block in with_map]
+    found = [block for block, sample in zip(with_map, samples, strict=True) if sample == samples[0]]
     count = min(MOST_BLOCKS, len(found))
     return [found[round(index * (len(found) - 1) / max(1, count - 1))] for index in range(count)]
 
