@@ -127,3 +127,20 @@ def test_cancel_stops_a_run(visitor):
     page.get_by_text("full precision").first.wait_for()  # the stage that is shown
     page.locator("#cancel").click()
     page.get_by_text("Cancelled.").wait_for()
+
+
+def test_closing_the_page_stops_its_run_and_a_waiting_one_begins(visit, address):
+    def start(visitor, steps):
+        page = visitor.open(address)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Measure the velocity error").uncheck()
+        fill(page, Denoising_steps=steps)
+        page.locator("#generate").click()
+        return page
+
+    with visit() as waiting:
+        with visit() as closed:
+            start(closed, "900").get_by_text("full precision").first.wait_for()
+            page = start(waiting, "1")
+            page.get_by_text("waiting for another run").first.wait_for()
+        assert "First frame, PSNR" in rows(page)
