@@ -1,5 +1,6 @@
 """`s2q ui` as a user has it: typed, pressed and looked at in a browser."""
 
+import socket
 import threading
 
 import pytest
@@ -13,8 +14,28 @@ MODELS = ["shapes-wan-i2v", "shapes-cogvideox"]
 
 
 @pytest.fixture(scope="module")
-def address():
-    """The page with an embedded model, in a thread of this process."""
+def connections():
+    """Every address that this process connects to or looks up, from before Gradio is imported."""
+    asked = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def recorded_connect(self, address):
+        asked.append(address[0] if isinstance(address, tuple) else "unix")
+        return connect(self, address)
+
+    def recorded_look_up(host, *args, **kwargs):
+        asked.append(host)
+        return look_up(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", recorded_connect)
+        patch.setattr(socket, "getaddrinfo", recorded_look_up)
+        yield asked
+
+
+@pytest.fixture(scope="module")
+def address(connections):
+    """The page with two embedded models, in a thread of this process."""
     there, stop, found = threading.Event(), threading.Event(), []
 
     def ready(local, labels):
@@ -93,7 +114,7 @@ def test_a_prompt_is_shown_by_two_models_with_their_difference_and_figures(visit
 
 def test_an_image_to_video_model_takes_an_image_or_the_first_frame_of_its_caption(visitor):
     page = visitor.page
-    assert page.get_by_label("Left model, the reference").input_value() == "shapes-wan-i2v"
+    assert page.get_by_label("Left model, the reference").input_value() == MODELS[0]
     assert page.locator("input[type=file]").count() == 1
     fill(page, Denoising_steps="1")
     page.get_by_label("Measure the velocity error").uncheck()
@@ -144,3 +165,8 @@ def test_closing_the_page_stops_its_run_and_a_waiting_one_begins(visit, address)
             page = start(waiting, "1")
             page.get_by_text("waiting for another run").first.wait_for()
         assert "First frame, PSNR" in rows(page)
+
+
+def test_the_server_asked_no_other_machine_for_anything(address, connections):
+    assert host(address).split(":")[0] in connections, "its port is checked before"
+    assert set(connections) <= {"127.0.0.1", "localhost", "::1", "unix"}
