@@ -25,6 +25,7 @@ PAGES = [DOCS / "real-models.md", *sorted((DOCS / "models").glob("*.md"))]
 PIPELINES = {
     "CogVideoXPipeline": "cogvideox",
     "HunyuanVideoPipeline": "hunyuanvideo",
+    "Kandinsky5T2VPipeline": "kandinsky5",
     "LTXPipeline": "ltx",
     "LTX2Pipeline": "ltx-2",
     "MochiPipeline": "mochi",

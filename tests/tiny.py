@@ -79,6 +79,8 @@ def tiny_transformer(name: str = "cogvideox", *, seed: int = 0, num_layers: int 
 def _transformer(family: TinyFamily, seed: int, num_layers: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     config = dict(family.config) | {"num_layers": num_layers}
+    if "num_text_blocks" in config:
+        config["num_visual_blocks"] = config.pop("num_layers")
     if "vace_layers" in config:
         config["vace_layers"] = [layer for layer in config["vace_layers"] if layer < num_layers]
     return family.transformer(**config).eval()
@@ -101,10 +103,12 @@ def _stirred(family: TinyFamily, seed: int, num_layers: int, dtype: torch.dtype)
 
 
 def video_size(pipe: DiffusionPipeline) -> dict[str, int]:
-    """A small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
+    """A small video: 3 latent frames and 16 pixels a side, or what the pipeline makes at least."""
     side = getattr(pipe, "target_size", 0) if "ImageToVideo" in type(pipe).__name__ else 0
     side = side or max(16, family_of(pipe.transformer).size_multiple)
-    return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
+    known = image_to_video(pipe)
+    frames = max(2 * vae_factors(pipe)[0] + 1, 1 if known is None else known.least_frames)
+    return {"num_frames": frames, "height": side, "width": side}
 
 
 def image_prompts(*texts: str, pipe: DiffusionPipeline | None = None) -> list[dict[str, Any]]:
@@ -178,10 +182,16 @@ def split_input(layer, x):
 def shrunken(name: str) -> SyntheticModel:
     """A synthetic model of the same structure with two blocks a list and 2 heads of 48 channels."""
     model = synthetic_model(name)
-    small = {"num_attention_heads": 2, "attention_head_dim": 48}
+    small = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 48,
+        "model_dim": 96,
+        "axes_dims": [16, 16, 16],
+        "ff_dim": 64,
+    }
     others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
     others |= {"audio_cross_attention_dim": 48, "added_kv_proj_dim": 96}
-    small |= {key: size for key, size in others.items() if key in model.config}
+    small = {key: size for key, size in (small | others).items() if key in model.config}
     for argument in (blocks.argument for blocks in model.block_lists):
         small[argument] = [0, 1] if isinstance(model.config[argument], list) else 2
     lists = tuple(replace(one, count=2) for one in model.block_lists)

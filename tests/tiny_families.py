@@ -141,6 +141,19 @@ def _qwen_and_byt5(seed: int) -> dict[str, Any]:
     }
 
 
+def _qwen_and_clip(seed: int) -> dict[str, Any]:
+    texts, parts = _llama_and_clip(seed), dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2"))
+    others = dict.fromkeys(("tokenizer", "tokenizer_2", "scheduler"))
+    # The pipeline drops the first 128 tokens, which have to belong to what it writes before a prompt.
+    template = d.Kandinsky5T2VPipeline(**parts, **others).prompt_template
+    return {
+        "tokenizer": tokenizer(sorted({word for word in template.split() if word.isalpha()})),
+        "text_encoder": _qwen_and_byt5(seed)["text_encoder"],
+        "tokenizer_2": texts["tokenizer_2"],
+        "text_encoder_2": texts["text_encoder_2"],
+    }
+
+
 def _gemma_and_sound(_seed: int) -> dict[str, Any]:
     text = t.Gemma3TextConfig(
         vocab_size=128,
@@ -297,6 +310,28 @@ FAMILIES = {
         scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(shift=5.0),
         texts=_qwen_and_byt5,
     ),
+    "kandinsky5": TinyFamily(
+        pipeline=d.Kandinsky5T2VPipeline,
+        transformer=d.Kandinsky5Transformer3DModel,
+        config={
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 32,
+            "in_text_dim2": 32,
+            "time_dim": 32,
+            "model_dim": 64,
+            "ff_dim": 96,
+            "num_text_blocks": 1,
+            "num_layers": 2,  # of `num_visual_blocks`
+            "axes_dims": (4, 6, 6),
+            "visual_cond": True,
+        },
+        vae=lambda: d.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ),
+        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        texts=_qwen_and_clip,
+    ),
     "ltx": TinyFamily(
         pipeline=d.LTXPipeline,
         transformer=d.LTXVideoTransformer3DModel,
@@ -418,6 +453,7 @@ FAMILIES |= {
         config=_HUNYUAN15.config | {"target_size": 64, "task_type": "i2v"},
         texts=_qwen_byt5_and_siglip,
     ),
+    "kandinsky5 image": replace(FAMILIES["kandinsky5"], pipeline=d.Kandinsky5I2VPipeline),
     "ltx image": replace(FAMILIES["ltx"], pipeline=d.LTXImageToVideoPipeline),
     "ltx-2 image": replace(FAMILIES["ltx-2"], pipeline=d.LTX2ImageToVideoPipeline),
     # The image is the first latent frame, whose tokens have the timestep 0.

@@ -18,6 +18,8 @@ def test_the_grid_of_a_call():
     before = TokenLayout(latents="frames first", patch=(1, 2, 2), text="before")
     expected = TokenGrid(frames=13, height=3, width=5, text_tokens=7, text="before")
     assert before.grid(call(2, 13, 16, 6, 10, text=7)) == expected
+    last = TokenLayout(latents="channels last", patch=(1, 2, 2), text="apart")
+    assert last.grid(call(1, 3, 4, 8, 5)) == TokenGrid(frames=3, height=2, width=4)
     in_time = TokenLayout(latents="frames first", patch=(2, 2, 2), text="before")
     assert in_time.grid(call(1, 4, 16, 6, 10, text=7)).frames == 2
     after = TokenLayout(latents="channels first", patch=(1, 2, 2), text="after")

@@ -12,7 +12,7 @@ from s2q.distillation.token_importance import capture_column_sums
 from s2q.evaluation.evaluate import evaluate
 from s2q.generation.conditioning import image_to_video
 from s2q.generation.settings import resolve_settings
-from s2q.generation.trajectory import record_trajectory
+from s2q.generation.trajectory import prediction_of, record_trajectory
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan
@@ -126,7 +126,7 @@ def test_replaying_a_call_gives_its_recorded_output(pipe, trajectory):
     assert len(trajectory.calls) == 3
     for call in trajectory.calls:
         assert len(call.output) == len(trajectory.prompts) * trajectory.branches(call)
-        torch.testing.assert_close(pipe.transformer(**call.inputs, return_dict=False)[0], call.output)
+        torch.testing.assert_close(prediction_of(pipe.transformer(**call.inputs, return_dict=False)), call.output)
 
 
 def test_the_unconditional_rows_come_first(pipe, trajectory):
@@ -227,7 +227,8 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
     family = family_of(loaded.transformer)
     untouched = {name for name in linears if name in family.latent_linears or _is_kept(name, family)}
-    assert linears - packed == untouched | {name for name in linears if kept & set(name.split("."))}
+    adaptive = {one.name for one in block_linears(loaded.transformer, family) if one.role == "modulation"}
+    assert linears - packed == untouched | {name for name in linears - adaptive if kept & set(name.split("."))}
     state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     pipes, found = {"outer": loaded}, {}

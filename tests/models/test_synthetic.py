@@ -16,6 +16,7 @@ PARAMETERS = {  # of the published weights
     "cogvideox-2b": 1_693_783_872,
     "cogvideox-5b": 5_570_283_072,
     "hunyuanvideo": 12_821_012_544,
+    "kandinsky5-lite": 2_007_702_848,
     "ltx-2": 18_876_174_592,
     "ltx-2.3": 18_988_838_144,
     "ltx-2b": 1_923_385_472,
@@ -41,6 +42,7 @@ def test_the_published_parameter_counts():
         ("cogvideox-2b", 17_550, 226, 30 * 8),
         ("cogvideox-5b", 17_550, 226, 42 * 8),
         ("hunyuanvideo", 118_800, 256, 20 * 14 + 40 * 6),
+        ("kandinsky5-lite", 47_616, 512, 32 * 11),
         ("ltx-2", 6_144, 1024, 48 * 28),
         ("ltx-2.3", 6_144, 1024, 48 * 28),
         ("ltx-2b", 7_392, 128, 28 * 10),
@@ -136,7 +138,7 @@ def test_packed_blocks_run(name, recipe):
         with torch.no_grad(), token_grid(None):
             output = block(**inputs)
         output = output[0] if isinstance(output, tuple) else output
-        assert output.shape == inputs["hidden_states"].shape
+        assert output.shape == inputs[model.family.block_argument("hidden_states")].shape
         assert output.dtype == torch.bfloat16
         assert 0.5 < float(output.float().std()) < 10
 

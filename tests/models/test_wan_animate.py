@@ -94,7 +94,7 @@ def test_other_pipelines_refuse_videos():
 
 
 def test_one_frame_is_refused(pipe):
-    with pytest.raises(InvalidInputError, match="num_frames: got 1; WanAnimatePipeline makes videos of several frames"):
+    with pytest.raises(InvalidInputError, match="num_frames: got 1; WanAnimatePipeline makes at least 5 frames"):
         resolve_settings(pipe, requested={**video_size(pipe), "num_frames": 1})
 
 

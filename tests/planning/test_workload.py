@@ -48,7 +48,7 @@ def test_without_guidance_one_branch_is_planned(name):
     without = workload_of(pipe, group, recommended={"guidance_scale": 5.0}, components={})
     assert (without.branches, without.rows, without.steps) == (1, 1, 4)
     with_guidance = workload_of(pipe, replace(group, guidance_scale=5), recommended={}, components={})
-    assert with_guidance.branches == (1 if name == "hunyuanvideo" else 2)
+    assert with_guidance.branches == (1 if name in ("hunyuanvideo", "kandinsky5") else 2)
 
 
 def test_the_plan_of_a_family_has_its_generation_settings():

@@ -114,7 +114,8 @@ def block_inputs(
         batch: B; None is the model's own.
 
     Returns:
-        Keyword arguments; `hidden_states` [B, N, d] and `encoder_hidden_states` [B, T, d] are always among them.
+        Keyword arguments; `hidden_states` [B, N, d] and `encoder_hidden_states` [B, T, d], or what the family's blocks
+        call them, are always among them.
     """
     samples = model.batch if batch is None else batch
     width = model.heads * model.head_dim
@@ -123,8 +124,8 @@ def block_inputs(
         return torch.randn(*shape, generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
 
     streams = {
-        "hidden_states": normal(samples, tokens, width),
-        "encoder_hidden_states": normal(samples, model.text_tokens, width),
+        model.family.block_argument("hidden_states"): normal(samples, tokens, width),
+        model.family.block_argument("encoder_hidden_states"): normal(samples, model.text_tokens, width),
     }
     return streams | BLOCK_INPUTS[block_list.inputs](model, samples, tokens, normal)
 
@@ -185,6 +186,12 @@ def _wan_vace_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Cal
     return {**_wan_inputs(model, batch, tokens, normal), "control_hidden_states": control}
 
 
+def _kandinsky5_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    time = normal(batch, int(model.config["time_dim"]), dtype=torch.float32)
+    rotary = normal(1, tokens, 1, model.head_dim // 2, 2, 2, dtype=torch.float32)
+    return {"time_embed": time, "rope": rotary, "sparse_params": None}
+
+
 def _ltx_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
     width = model.heads * model.head_dim
     angles = normal(batch, tokens, width, dtype=torch.float32)
@@ -223,6 +230,7 @@ def _ltx2_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callabl
 BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "cogvideox": _cogvideox_inputs,
     "hunyuanvideo": _hunyuanvideo_inputs,
+    "kandinsky5": _kandinsky5_inputs,
     "ltx": _ltx_inputs,
     "ltx-2": _ltx2_inputs,
     "skyreels": _skyreels_inputs,

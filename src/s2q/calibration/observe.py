@@ -75,12 +75,13 @@ def observe(
             lengths = [stored[name].shape[1] for name in family.joint_order]
             sums = captured.joined()
             left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
-            assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
+            names = [family.block_argument(name) for name in ("hidden_states", "encoder_hidden_states")]
+            assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == names[1]), left_out
             padded = F.pad(sums, (0, left_out))
             weights = token_weights(padded, lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
             by_stream = dict(zip(family.joint_order, weights.split(lengths, dim=1), strict=True))
-            video = _place("hidden_states", family.joint_order, lengths)
-            profile.add(sums, text=_place("encoder_hidden_states", family.joint_order, lengths))
+            video, text = (_place(name, family.joint_order, lengths) for name in names)
+            profile.add(sums, text=text)
             if index == mapped:
                 profile.map = _importance_map(padded[0, video], samples, index)
             for name, output in zip(samples.streams, outputs, strict=True):

@@ -66,7 +66,7 @@ class BlockSamples:
             outputs=tuple(stored[name] for name in self.streams),
             weights=weights,
             grid=self.stream.grid(index),
-            video=self.streams.index("hidden_states"),
+            video=self.streams.index(self.stream.family.block_argument("hidden_states")),
         )
 
     def to_device(self, sample: BlockSample) -> BlockSample:

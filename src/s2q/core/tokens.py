@@ -22,7 +22,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError, UsageError, short_repr, unknown_name
 
-LATENTS = ("frames first", "channels first", "tokens")
+LATENTS = ("frames first", "channels first", "channels last", "tokens")
 TEXT = ("before", "after", "apart")
 
 
@@ -122,13 +122,13 @@ class TokenLayout:
     """Layout of a transformer's token sequence, from which the grid of any call follows.
 
     Attributes:
-        latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], or "tokens" [B, f · h · w, C] with
-            the arguments `num_frames`, `height` and `width`.
+        latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], "channels last" [B, f, h, w, C], or
+            "tokens" [B, f · h · w, C] with the arguments `num_frames`, `height` and `width`.
         patch: Latent frames, rows and columns that make a token.
         text: Where the text lies in a joint sequence; see `TokenGrid`.
     """
 
-    latents: Literal["frames first", "channels first", "tokens"]
+    latents: Literal["frames first", "channels first", "channels last", "tokens"]
     patch: tuple[int, int, int]
     text: Literal["before", "after", "apart"]
 
@@ -152,7 +152,8 @@ class TokenLayout:
             known = len(shape) == 3 and is_triple(sizes) and sizes[0] * sizes[1] * sizes[2] == shape[1]
         else:
             known = len(shape) == 5
-            sizes = (shape[1 if self.latents == "frames first" else 2], *shape[3:]) if known else ()
+            frames, rows, columns = {"frames first": (1, 3, 4), "channels last": (1, 2, 3)}.get(self.latents, (2, 3, 4))
+            sizes = (shape[frames], shape[rows], shape[columns]) if known else ()
         if not known:
             raise InvalidInputError(
                 f"transformer: called with latents {list(shape)} and sizes {list(sizes)}, which do not define frames, "

@@ -16,7 +16,7 @@ import torch
 from s2q.common.errors import S2QError
 from s2q.common.progress import Tick
 from s2q.generation.offload import leaving_device
-from s2q.generation.trajectory import Trajectory
+from s2q.generation.trajectory import Trajectory, prediction_of
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def velocity_errors(
             student = students[call.transformer]
             device, dtype = next(student.parameters()).device, student.dtype
             inputs = {name: _to_device(value, device, dtype) for name, value in call.inputs.items()}
-            output = student(**inputs, return_dict=False)[0].cpu()
+            output = prediction_of(student(**inputs, return_dict=False)).cpu()
             for video, steps in enumerate(errors):
                 rows = trajectory.rows_of(call, video)
                 teacher = call.output[rows].double()

@@ -89,10 +89,12 @@ def _in_python(needed: Sequence[str]) -> str:
 
 
 def check_size(pipe: Any, settings: GenerationSettings) -> None:
-    """Refuse what a pipeline makes of no image, where it takes the size from the image, and one frame of videos."""
+    """Refuse fewer frames than a pipeline makes, and a size that it makes of no image if it takes it from that."""
     known = image_to_video(pipe)
-    if known is not None and known.videos and settings.num_frames == 1:
-        raise InvalidInputError(f"num_frames: got 1; {type(pipe).__name__} makes videos of several frames, use more")
+    if known is not None and settings.num_frames < known.least_frames:
+        raise InvalidInputError(
+            f"num_frames: got {settings.num_frames}; {type(pipe).__name__} makes at least {known.least_frames} frames"
+        )
     if known is None or known.takes_size:
         return
     size = settings.height, settings.width

@@ -51,8 +51,9 @@ def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[t
     """Draw the initial noise of one video.
 
     Returns:
-        Noise of one video in the family's layout, `[1, f, C, h, w]`, `[1, C, f, h, w]` or `[1, f · h · w, C]`; float32,
-        standard normal, on the CPU; and the generator it came from, for the draws of a stochastic scheduler.
+        Noise of one video in the family's layout, `[1, f, C, h, w]`, `[1, C, f, h, w]`, `[1, f, h, w, C]` or
+        `[1, f · h · w, C]`; float32, standard normal, on the CPU; and the generator it came from, for the draws of a
+        stochastic scheduler.
     """
     spatial, layout = vae_factors(pipe)[1], family_of(pipe.transformer).latents
     frames, channels = latent_frames(pipe, settings), latent_channels(pipe)
@@ -60,6 +61,8 @@ def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[t
     shape = (1, *leading, settings.height // spatial, settings.width // spatial)
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    if layout == "channels last":
+        return noise.movedim(1, -1), generator
     return noise.flatten(2).transpose(1, 2) if layout == "tokens" else noise, generator
 
 
@@ -119,7 +122,8 @@ def _run(
     left = itertools.count(-1 if steps is None else steps - 1, -1)
 
     def after_step(latents: torch.Tensor) -> None:
-        last["latents"] = latents
+        channels = family_of(pipe.transformer).latent_channel_dim + 1
+        last["latents"] = latents.narrow(channels, 0, latent_channels(pipe))  # before those of an image and a mask
         pipe._interrupt = next(left) == 0  # what a pipeline asks before each step, and resets in the next call
         step_done()
 

@@ -24,6 +24,11 @@ def branches_of(pipe: Any, settings: GenerationSettings) -> int:
     return 1 if embedded or settings.guidance_scale <= 1 else 2
 
 
+def recorded_branches(pipe: Any, settings: GenerationSettings) -> int:
+    """Return how many of these branches a recorded call has: all, or the conditional one alone."""
+    return 1 if family_of(pipe.transformer).guidance == "apart" else branches_of(pipe, settings)
+
+
 def with_usable_guidance(pipe: Any, settings: GenerationSettings, *, requested: Collection[str]) -> GenerationSettings:
     """Return settings without those for a guidance that the pipeline does not run.
 

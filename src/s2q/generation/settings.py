@@ -179,7 +179,8 @@ def check_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSetting
 def _check_length(pipe: Any, where: str, text: str, settings: GenerationSettings) -> None:
     """Refuse a text of more tokens than the transformer reads."""
     with exclusive(pipe):
-        count = len(pipe.tokenizer(str(text), truncation=False).input_ids)
+        tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # of a processor of texts and images
+        count = len(tokenizer(str(text), truncation=False).input_ids)
     if count > (limit := text_tokens(pipe, settings)):
         raise InvalidInputError(
             f"{where} has {count} tokens, but the transformer reads {limit}; shorten it: {short_repr(text)}"
@@ -235,7 +236,8 @@ def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
 def latent_channels(pipe: Any) -> int:
     """Return the channels of the latents: those that the transformer predicts (it may see those of an image too)."""
     config = pipe.transformer.config
-    return int(getattr(config, "out_channels", None) or config.in_channels)
+    names = ("out_channels", "out_visual_dim", "in_channels")
+    return int(next(value for value in (getattr(config, name, None) for name in names) if value))
 
 
 def patch_sizes(pipe: Any) -> tuple[int, int]:

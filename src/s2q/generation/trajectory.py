@@ -6,7 +6,7 @@ guidance that would amplify them.
 
 Guidance runs both branches in one call, `[unconditional videos; conditional videos]` along the batch, so a call has
 `R = branches · B` rows, and video `b` owns the rows `b, B + b, …`. Where a pipeline runs them in two calls, the two are
-merged into such a call.
+merged into such a call. Of two whose texts have different lengths, the conditional one is kept.
 
 Legend: `B` videos, `R` rows of a call, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `N_t`
 text tokens, `E` text width.
@@ -121,7 +121,7 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
             for name, value in kwargs.items()
             if name not in ("return_dict", "attention_kwargs") and value is not None
         }
-        prediction = output[0] if isinstance(output, tuple) else output.sample
+        prediction = prediction_of(output)
         timestep = float(kwargs["timestep"].max())  # tokens of an image have 0
         answer = prediction.detach().to("cpu", copy=True)
         calls.append(TransformerCall(transformer=component, timestep=timestep, inputs=inputs, output=answer))
@@ -133,12 +133,23 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
         yield calls
 
 
+def prediction_of(output: Any) -> torch.Tensor:
+    """Return the prediction in what a transformer returns: a tuple, a tensor, or an output with `sample`."""
+    if isinstance(output, torch.Tensor):
+        return output
+    prediction: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return prediction
+
+
 def _merge_branches(calls: Sequence[TransformerCall], pipe: Any, *, steps: int) -> Sequence[TransformerCall]:
     """Merge the two calls of each step where guidance takes two, the unconditional rows first."""
     unbatched = family_of(pipe.transformer).unbatched
-    if family_of(pipe.transformer).guidance == "batched" or len(calls) == steps:
+    guidance = family_of(pipe.transformer).guidance
+    if guidance == "batched" or len(calls) == steps:
         return calls
     assert len(calls) == 2 * steps, (len(calls), steps)
+    if guidance == "apart":
+        return calls[::2]
     shared: dict[tuple[int, int], torch.Tensor] = {}
     merged = []
     for conditional, other in zip(calls[::2], calls[1::2], strict=True):

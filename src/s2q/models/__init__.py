@@ -17,6 +17,7 @@ from s2q.models.family import (
 )
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
 from s2q.models.hunyuanvideo15 import HUNYUANVIDEO15
+from s2q.models.kandinsky5 import KANDINSKY5
 from s2q.models.ltx import LTX
 from s2q.models.ltx2 import LTX2
 from s2q.models.mochi import MOCHI
@@ -28,7 +29,19 @@ from s2q.models.wan_vace import WAN_VACE
 
 FAMILIES: dict[str, Family] = {
     family.transformer_class: family
-    for family in (COGVIDEOX, HUNYUANVIDEO, HUNYUANVIDEO15, LTX, LTX2, MOCHI, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_VACE)
+    for family in (
+        COGVIDEOX,
+        HUNYUANVIDEO,
+        HUNYUANVIDEO15,
+        KANDINSKY5,
+        LTX,
+        LTX2,
+        MOCHI,
+        SKYREELS_V2,
+        WAN,
+        WAN_ANIMATE,
+        WAN_VACE,
+    )
 }
 """Supported families, by the class name of their transformer."""
 

@@ -35,6 +35,7 @@ class ImageToVideo:
         further_videos: Videos that it takes all of or none.
         further_call: Arguments of its call with those.
         frames_argument: The argument of its call for the number of frames; videos have at least so many.
+        least_frames: Fewest frames that it makes.
     """
 
     pipeline_class: str
@@ -48,6 +49,7 @@ class ImageToVideo:
     further_videos: tuple[str, ...] = ()
     further_call: Mapping[str, Any] = field(default_factory=dict)
     frames_argument: str = "num_frames"
+    least_frames: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +69,18 @@ class Family:
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them: the video is
             "hidden_states", the text "encoder_hidden_states", the audio "audio_hidden_states".
         list_streams: The same of a block list whose blocks return others, by its attribute.
+        block_arguments: The names of blocks for "hidden_states" and "encoder_hidden_states", if others.
         chained: Whether each block is called with what the one before returned. Otherwise something is added between
             them, and calibration finds a block's inputs by running the transformer up to it.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
-        latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], or "tokens"
-            [f · h · w, C].
+        latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], "channels
+            last" [f, h, w, C], or "tokens" [f · h · w, C].
         reference_frames: Latent frames in front of those of the video, which the pipeline does not decode.
         size_multiple: What the pipeline itself asks of height and width, in pixels.
         guidance: The two branches of classifier-free guidance: "batched" in one call, unconditional rows first; in "two
             calls", the conditional one first; or in two such calls by a component "guider", which has the guidance
-            weight: the pipeline then takes neither that weight nor a prompt length nor a callback. "embedded" is
+            weight: the pipeline then takes neither that weight nor a prompt length nor a callback. "apart" is in two
+            calls with texts of different lengths: the conditional one alone is recorded. "embedded" is
             guidance that was distilled into the transformer: one branch, with the weight as an input.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         call: Arguments of the pipeline's call beside the settings; those that switch off further passes of guidance.
@@ -106,9 +110,9 @@ class Family:
     attention: str
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]
-    latents: Literal["frames first", "channels first", "tokens"]
+    latents: Literal["frames first", "channels first", "channels last", "tokens"]
     size_multiple: int
-    guidance: Literal["batched", "two calls", "guider", "embedded"]
+    guidance: Literal["batched", "two calls", "guider", "apart", "embedded"]
     text_tokens: int
     defaults: Mapping[str, int | float]
     frame_rate: int
@@ -116,6 +120,7 @@ class Family:
     audio_linears: tuple[str, ...] = ()
     reference_frames: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
+    block_arguments: Mapping[str, str] = field(default_factory=dict)
     list_streams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chained: bool = True
     unbatched: tuple[str, ...] = ()
@@ -132,10 +137,14 @@ class Family:
         """Return the streams of a block by its full name in the transformer."""
         return self.list_streams.get(block_name.partition(".")[0], self.streams)
 
+    def block_argument(self, name: str) -> str:
+        """Return the name of blocks for "hidden_states" or "encoder_hidden_states"."""
+        return self.block_arguments.get(name, name)
+
     @property
     def latent_channel_dim(self) -> int:
         """The channel dimension of the latents of one video."""
-        return 0 if self.latents == "channels first" else 1
+        return {"channels first": 0, "channels last": 3}.get(self.latents, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

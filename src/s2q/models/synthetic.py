@@ -81,11 +81,15 @@ class SyntheticModel:
     @property
     def heads(self) -> int:
         """Heads of an attention."""
+        if "axes_dims" in self.config:
+            return int(self.config["model_dim"]) // self.head_dim
         return int(self.config["num_attention_heads"])
 
     @property
     def head_dim(self) -> int:
         """D."""
+        if "axes_dims" in self.config:  # of the positions along time, height and width
+            return sum(self.config["axes_dims"])
         return int(self.config["attention_head_dim"])
 
     def meta_transformer(self, *, blocks: int | None = None) -> nn.Module:

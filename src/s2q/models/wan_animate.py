@@ -26,6 +26,7 @@ WAN_ANIMATE = replace(
         further_videos=("background_video", "mask_video"),
         further_call={"mode": "replace"},
         frames_argument="segment_frame_length",
+        least_frames=5,
     ),
     reference_frames=1,
     chained=False,

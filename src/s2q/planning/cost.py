@@ -43,6 +43,10 @@ class Figures:
         return replace(self, **{name: value + getattr(other, name) for name, value in vars(self).items()})  # type: ignore[type-var]
 
 
+_KEYS = {"to_q": "to_k", "to_query": "to_key"}
+"""The names of an attention's linears for queries and keys."""
+
+
 @dataclass(frozen=True)
 class _StepBytes(Figures):
     """Bytes that a step of distillation holds of a weight, a value, a value of a piece, and a value of a stream."""
@@ -400,7 +404,7 @@ def _block_shape(
     first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
     channels = next((linear.in_features for linear in linears if not (linear.sees_text or linear.sees_audio)), 0)
-    total = sum(_stream_tokens(workload)[name] for name in streams)
+    total = sum(_stream_tokens(workload, family)[name] for name in streams)
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         weights=tuple(linear.in_features * linear.out_features for linear in linears),
@@ -416,22 +420,23 @@ def _block_shape(
 
 def _attention(block: nn.Module, family: Family, workload: Workload) -> tuple[tuple[int, int, int], ...]:
     """Queries, keys and channels of each attention of a block: joint with the text, of the video, or cross."""
-    own = sum(_stream_tokens(workload)[name] for name in family.joint_order)
+    own = sum(_stream_tokens(workload, family)[name] for name in family.joint_order)
     known = dict.fromkeys(family.text_linears, workload.conditioning_tokens)
     known |= dict.fromkeys(family.audio_linears, workload.audio_tokens)
     attentions = []
     for name, module in block.named_modules():
-        if name.endswith(".to_q") and isinstance(module, nn.Linear):
-            keys = known.get(name.removesuffix("q") + "k", own)
+        if name.endswith((".to_q", ".to_query")) and isinstance(module, nn.Linear):
+            attention, _, query = name.rpartition(".")
+            keys = known.get(f"{attention}.{_KEYS[query]}", own)
             attentions.append((known.get(name, own), keys, module.out_features))
     return tuple(attentions)
 
 
-def _stream_tokens(workload: Workload) -> dict[str, int]:
+def _stream_tokens(workload: Workload, family: Family) -> dict[str, int]:
     """Tokens of each stream of a block, by the name of its argument."""
     return {
-        "hidden_states": workload.tokens,
+        family.block_argument("hidden_states"): workload.tokens,
         "control_hidden_states": workload.tokens,
-        "encoder_hidden_states": workload.conditioning_tokens,
+        family.block_argument("encoder_hidden_states"): workload.conditioning_tokens,
         "audio_hidden_states": workload.audio_tokens,
     }

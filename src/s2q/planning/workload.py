@@ -15,7 +15,7 @@ from s2q.core.storage import BF16_BYTES
 from s2q.generation.conditioning import image_tokens, is_supported
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.exclusive import exclusive
-from s2q.generation.guidance import branches_of
+from s2q.generation.guidance import recorded_branches
 from s2q.generation.offload import layers_of, model_parts
 from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
@@ -63,7 +63,7 @@ def workload_of(
         settings = calibration_settings(pipe, group, recommended=recommended)
         scheduler = described(scheduler_of(pipe, settings))
         called = steps_of_transformers(pipe, settings)
-    branches = branches_of(pipe, settings)
+    branches = recorded_branches(pipe, settings)
     return Workload(
         tokens=video_tokens(pipe, settings),
         frames=token_frames(pipe, settings),
