@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ class _BlockAlone(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.config = block, SimpleNamespace(patch_size=1)  # of the sizes that it is called with
 
     def forward(self, *, num_frames: int, height: int, width: int, return_dict: bool, **inputs: Any) -> Any:
         return self.block(**inputs)
