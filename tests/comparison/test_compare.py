@@ -161,6 +161,35 @@ def test_a_dry_run_and_a_finished_one_load_no_model(whole, tiny_model, monkeypat
     assert untimed(run(tiny_model, whole[1])) == untimed(whole[0])
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:200] + b"\0" * 60 + data[260:]]
+)
+def test_frames_that_cannot_be_decoded_are_generated_again(whole, tiny_model, tmp_path, monkeypatch, damage):
+    result, finished = whole
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    path = out / "frames/rtn-w4a4/001.npz"
+    expected = path.read_bytes()
+    path.write_bytes(damage(expected))
+    evaluated, judge_model = [], comparing_shards.judge_model
+    judged = lambda model, *args, **options: evaluated.append(str(model)) or judge_model(model, *args, **options)  # noqa: E731
+    monkeypatch.setattr(comparing_shards, "judge_model", judged)
+    assert untimed(run(tiny_model, out, workers=1)) == untimed(result)
+    assert path.read_bytes() == expected
+    assert len(evaluated) == 1
+    assert "rtn-w4a4" in evaluated[0]
+
+
+def test_a_comparison_of_another_version_is_named(whole, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[1], out)
+    record = json.loads((out / "compare_run.json").read_text())
+    (out / "compare_run.json").write_text(json.dumps(record | {"schema_version": 9}))
+    message = r"contains a different comparison: compare_run.json has schema_version=9; this s2q reads 1"
+    with pytest.raises(InvalidInputError, match=message):
+        run(tiny_model, out)
+
+
 def test_a_comparison_is_not_replaced_by_one_of_its_own_parts(whole, tiny_model, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[1], out)

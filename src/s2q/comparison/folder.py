@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ import numpy as np
 
 from s2q.checkpoint.manifest import MANIFEST, owned_files
 from s2q.common.differences import differences
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, first_line, short_repr
 from s2q.common.files import PARTIAL, atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
 from s2q.common.outputs import Owned, check_owned, check_writable, files_below, owned_matching
 from s2q.common.records import COMPARISON_VERSION
@@ -30,6 +31,8 @@ from s2q.common.temporaries import remove_abandoned
 from s2q.comparison.setup import RunPlan
 from s2q.evaluation.scores import EvaluationResult
 from s2q.generation.prompts import prompt_record
+
+logger = logging.getLogger(__name__)
 
 RUN = "compare_run.json"
 RESULT = "compare.json"
@@ -171,13 +174,21 @@ class CompareFolder:
         atomic_write_bytes(path, buffer.getvalue())
 
     def load_frames(self, label: str, index: int) -> np.ndarray | None:
-        """Return frames that `save_frames` stored; None if they are not there."""
+        """Return frames that `save_frames` stored; None if they are not there, or cannot be decoded."""
         path = self._frames(label, index)
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as content:
-            frames: np.ndarray = content["frames"]
-        return frames
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                frames: np.ndarray = content["frames"]
+        except Exception as error:  # zip, zlib and the parser of numpy's header have errors of their own
+            logger.warning("%s: cannot be decoded as the frames of a video (%s)", path, first_line(error))
+            return None
+        return frames if frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == np.uint8 else None
+
+    def has_damaged_frames(self, label: str, index: int) -> bool:
+        """Tell whether frames are there and cannot be decoded: their video is generated again."""
+        return self._frames(label, index).is_file() and self.load_frames(label, index) is None
 
     def _change(self, plan: RunPlan) -> str | None:
         """The first difference between a comparison and that of the folder.
@@ -187,6 +198,8 @@ class CompareFolder:
         """
         try:
             earlier = self._content()
+            if (version := earlier["schema_version"]) != COMPARISON_VERSION:
+                return f"{RUN} has schema_version={short_repr(version)}; this s2q reads {COMPARISON_VERSION}"
             entries = earlier["entries"]
         except (OSError, ValueError, KeyError):
             return f"{RUN} cannot be read"

@@ -161,10 +161,18 @@ def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
 
 
 def pending_shards(folder: CompareFolder, plan: RunPlan, labels: Sequence[str]) -> list[Shard]:
-    """Return the shards that have work left, each with the entries that lack it."""
+    """Return the shards that have work left, each with the entries that lack it, or whose frames are damaged."""
     shards = []
     for index in range(len(plan.shards())):
-        lacking = tuple(label for label in labels if folder.load_shard(plan, label, index) is None)
+        shown = range(min(SHOWN_PROMPTS, len(plan.prompts))) if index == 0 else ()
+        reference = any(folder.has_damaged_frames(FULL_PRECISION, prompt) for prompt in shown)
+        lacking = tuple(
+            label
+            for label in labels
+            if reference
+            or folder.load_shard(plan, label, index) is None
+            or any(folder.has_damaged_frames(label, prompt) for prompt in shown)
+        )
         if lacking:
             shards.append(Shard(index=index, labels=lacking))
     return shards

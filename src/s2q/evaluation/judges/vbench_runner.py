@@ -106,6 +106,8 @@ def _flow(folder, device, local):
                 break
             levels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
             frames.append(levels.float()[None].to(device))
+        if len(frames) < 2:
+            raise ValueError(f"{path}: {len(frames)} frames could be decoded; a flow needs two")
         lengths = []
         with torch.no_grad():
             for pair in zip(frames, frames[1:]):  # noqa: B905
