@@ -1,9 +1,11 @@
 """`s2q ui` as a user has it: typed, pressed and looked at in a browser."""
 
+import re
 import socket
 import threading
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("gradio")
 
@@ -112,7 +114,13 @@ def test_a_prompt_is_shown_by_two_models_with_their_difference_and_figures(visit
     visitor.check(host(address))
 
 
-def test_an_image_to_video_model_takes_an_image_or_the_first_frame_of_its_caption(visitor):
+@pytest.fixture
+def grey_image(tmp_path):
+    Image.new("RGB", (48, 48), (128, 128, 128)).save(tmp_path / "grey.png")
+    return tmp_path / "grey.png"
+
+
+def test_an_image_to_video_model_takes_an_image_or_the_first_frame_of_its_caption(visitor, grey_image):
     page = visitor.page
     assert page.get_by_label("Left model, the reference").input_value() == MODELS[0]
     assert page.locator("input[type=file]").count() == 1
@@ -122,6 +130,12 @@ def test_an_image_to_video_model_takes_an_image_or_the_first_frame_of_its_captio
     numbers = rows(page)
     assert "Velocity error, relative" not in numbers
     assert [text.endswith(" dB") for text in numbers["First frame, PSNR"]] == [True, True]
+    fill(page, Prompt="red")
+    page.locator("input[type=file]").set_input_files(grey_image)
+    page.locator(".image-frame img").wait_for()
+    page.locator("#generate").click()
+    shown = page.frame_locator("iframe.players-frame").locator(".player h3")
+    shown.filter(has_text=re.compile("^red$")).wait_for(timeout=60_000)
     assert visitor.errors == []
 
 
