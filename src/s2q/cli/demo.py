@@ -108,9 +108,11 @@ def _make(
 
     started, seconds = time.monotonic(), dict[str, float]()
     with _timed(seconds, "plan"):
+        progress("plan", 0, 1)
         planned = plan(model, recipe=recipe)
         if not short:
-            planned = measured(planned, resolve_model(model), recipe, machine=this_machine("cpu"), progress=progress)
+            planned = measured(planned, resolve_model(model), recipe, machine=this_machine("cpu"))
+        progress("plan", 1, 1)
     with _timed(seconds, "quantize"):
         report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress)
     videos: dict[str, dict[str, Video]] = {}

@@ -184,7 +184,7 @@ def _stages(planned: Sequence[Any], measured: Sequence[Mapping[str, Any]]) -> li
             row["Planned peak memory"] = format_bytes(memory[name]) if memory.get(name) else "–"
         row["Measured peak memory"] = format_bytes(stage["peak_memory_bytes"])
         if seconds:
-            row["Planned time"] = console.format_seconds(seconds[name]) if name in seconds else "–"
+            row["Planned time, one worker"] = console.format_seconds(seconds[name]) if name in seconds else "–"
         rows.append(row | {"Measured time": console.format_seconds(stage["seconds"])})
     return rows
 
