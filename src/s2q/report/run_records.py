@@ -72,8 +72,8 @@ def _notes(
             )
         elif calibrated:
             notes.append(
-                f"Recipe {report['recipe']} weights all tokens alike, so the run recorded no attention (+std adds "
-                "weights)."
+                f"Recipe {report['recipe']} weights all tokens alike, so the run recorded no attention "
+                "(recipes with +std weight them)."
             )
     if not calibrated:
         notes.append(f"Recipe {report['recipe']} needs no calibration: there are no samples, losses or attention.")
