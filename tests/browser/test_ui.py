@@ -12,6 +12,7 @@ pytest.importorskip("gradio")
 from s2q.ui.serve import serve  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*:pandas.errors.Pandas4Warning")]
+STAGE = re.compile("full precision - ")
 MODELS = ["shapes-wan-i2v", "shapes-cogvideox"]
 
 
@@ -159,7 +160,15 @@ def test_cancel_stops_a_run(visitor):
     page = visitor.page
     fill(page, Denoising_steps="900")
     page.locator("#generate").click()
-    page.get_by_text("full precision").first.wait_for()  # the stage that is shown
+    page.get_by_text(STAGE).first.wait_for()
+    page.locator("#cancel").click()
+    page.get_by_text("Cancelled.").wait_for()
+
+
+def test_cancel_stops_a_run_that_has_not_begun(visitor):
+    page = visitor.page
+    fill(page, Denoising_steps="900")
+    page.locator("#generate").click()
     page.locator("#cancel").click()
     page.get_by_text("Cancelled.").wait_for()
 
@@ -175,7 +184,7 @@ def test_closing_the_page_stops_its_run_and_a_waiting_one_begins(visit, address)
 
     with visit() as waiting:
         with visit() as closed:
-            start(closed, "900").get_by_text("full precision").first.wait_for()
+            start(closed, "900").get_by_text(STAGE).first.wait_for()
             page = start(waiting, "1")
             page.get_by_text("waiting for another run").first.wait_for()
         assert "First frame, PSNR" in rows(page)

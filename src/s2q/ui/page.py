@@ -71,7 +71,7 @@ class Runs:
 
     def run(self, request: Request, *, session: str | None, progress: Callable[[str, int, int], None]) -> str:
         """Return the HTML of a result, or of the error that prevented it."""
-        stop = self._stops[session] = threading.Event()
+        stop = self._stops.setdefault(session, threading.Event())
 
         def report(stage: str, done: int, total: int) -> None:
             if stop.is_set():
@@ -79,6 +79,7 @@ class Runs:
             progress(stage, done, total)
 
         try:
+            report("starting", 0, 1)
             while not self._lock.acquire(timeout=_SECONDS):
                 report("waiting for another run", 0, 1)
             try:
@@ -93,7 +94,8 @@ class Runs:
             logger.exception("ui: generating failed")
             return failed(f"{type(error).__name__}: {error}; the traceback is in the terminal")
         finally:
-            self._stops.pop(session, None)
+            if self._stops.get(session) is stop:
+                del self._stops[session]
 
     def answer(
         self,
@@ -131,8 +133,14 @@ class Runs:
             progress=lambda stage, done, total: progress((done, total), desc=stage),
         )
 
+    def announce(self, session: str | None) -> None:
+        """Expect a run of a session, which can be stopped from now on; one that is in progress stays the one."""
+        known = self._stops.get(session)
+        if known is None or known.is_set():
+            self._stops[session] = threading.Event()
+
     def stop(self, session: str | None) -> None:
-        """Stop the run of a session at its next step."""
+        """Stop the run of a session at its next step, or at its start."""
         if session in self._stops:
             self._stops[session].set()
 
@@ -255,8 +263,10 @@ def build_page(offers: Sequence[Offer], pipelines: Pipelines) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 result = gr.HTML(_HINT, elem_id="result", min_height=160)
 
-        gr.on(
-            [generate.click, prompt.submit],
+        def announce(asked: gr.Request) -> None:
+            runs.announce(asked.session_hash)
+
+        gr.on([generate.click, prompt.submit], announce, None, None, queue=False, api_visibility="private").then(
             runs.answer,
             [one, two, prompt, image, *fields],
             result,
