@@ -200,7 +200,8 @@ def test_from_plan_to_video(pipe, tmp_path):
     overrides = QUICK + [f"calibration.{name}={value}" for name, value in video_size(pipe).items()]
     planned = plan(str(model), recipe="s2q-w4a6", overrides=overrides)
     prompts = prompts_for(pipe, "red", "a blue square")
-    s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=prompts, overrides=overrides)
+    report = s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=prompts, overrides=overrides)
+    assert all(block.attention["map"] for block in report.blocks), "each family's calls define where a token is"
     assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
     loaded = DiffusionPipeline.from_pretrained(out)
     loaded.set_progress_bar_config(disable=True)
