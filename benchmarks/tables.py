@@ -23,6 +23,7 @@ from markdown_tables import interval, table_head, table_row
 from methods import field_table, measured_errors, methods_table, parts_added_table
 from peer_tables import peers_table
 from published import bytes_table, calls_table, commands_of, cost_table, python_of, sizes_table
+from quickstart import quickstart_table
 from reproduce.beside import overview_table
 from scaling_tables import limits_table, speedup_table
 from speed_tables import (
@@ -45,6 +46,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
+    "docs/quickstart.md",
     "docs/choose.md",
     "docs/results.md",
     "docs/observations.md",
@@ -317,6 +319,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "calls": calls_table,
     "commands": commands_of,
     "python": python_of,
+    "quickstart": quickstart_table,
     "reproduce": overview_table,
     "metrics": metrics_table,
     "evalcrafter": evalcrafter_table,
