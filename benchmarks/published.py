@@ -214,10 +214,10 @@ def _broken(*parts: str) -> str:
 def python_of(name: str) -> str:
     """Return the Python that loads and runs the checkpoint of a model of `published.yaml`."""
     entry, known = published_models()[name], image_to_video_of(name)
-    call = dict(entry["call"])
+    (family,) = (one for one in FAMILIES.values() if entry["pipeline"] == one.pipeline_class)
+    call = {family.frames_argument if key == "num_frames" else key: value for key, value in entry["call"].items()}
     files: tuple[str, ...] = ()
     if known is not None:
-        call = {known.frames_argument if key == "num_frames" else key: value for key, value in call.items()}
         files = ('image=load_image("image.png")', *(f'{video}=load_video("{video}.mp4")' for video in known.videos))
     loaders = "".join(f", {loader}" for loader in ("load_image", "load_video") if any(loader in one for one in files))
     subject = 'prompt="a man waves"' if files else '"a cat walking over wet grass"'

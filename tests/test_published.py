@@ -29,6 +29,7 @@ PIPELINES = {
     "LTXPipeline": "ltx",
     "LTX2Pipeline": "ltx-2",
     "MochiPipeline": "mochi",
+    "SanaVideoPipeline": "sana-video",
     "SkyReelsV2Pipeline": "skyreels-v2",
     "WanAnimatePipeline": "wan-animate image",
     "WanPipeline": "wan",
@@ -127,6 +128,9 @@ def test_the_python_of_the_page_runs(pipeline, tmp_path, monkeypatch):
         frames[0].save("image.png")
         for name_of_video in ("pose_video", "face_video"):
             Path(f"{name_of_video}.mp4").write_bytes(encode_mp4(np.stack([np.array(frame) for frame in frames])))
+    if pipeline == "SanaVideoPipeline":
+        given = {"frames" if key == "num_frames" else key: value for key, value in given.items()}
+        sizes["frames"], sizes["use_resolution_binning"] = sizes.pop("num_frames"), False
     call = "".join(f"    {key}={value},\n" for key, value in given.items())
     assert call in code.group(1)
     tiny = code.group(1).replace(call, "".join(f"    {key}={value},\n" for key, value in sizes.items()))

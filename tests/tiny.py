@@ -144,9 +144,11 @@ def prompts_of_a_call(pipe: DiffusionPipeline) -> list[Prompt]:
 
 def tiny_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Arguments of a quick call: two steps of a small video, prompts as long as the pipeline takes."""
-    guided = family_of(pipe.transformer).guidance == "guider"
+    family, size = family_of(pipe.transformer), video_size(pipe)
+    size[family.frames_argument] = size.pop("num_frames")
+    guided = family.guidance == "guider"
     length = {} if guided else {"max_sequence_length": prompt_token_limit(pipe)}
-    return {**video_size(pipe), **length, "num_inference_steps": 2}
+    return {**family.call, **size, **length, "num_inference_steps": 2}
 
 
 def transformer_inputs(*, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -191,6 +193,7 @@ def shrunken(name: str) -> SyntheticModel:
     }
     others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
     others |= {"audio_cross_attention_dim": 48, "added_kv_proj_dim": 96}
+    others |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 48}
     small = {key: size for key, size in (small | others).items() if key in model.config}
     for argument in (blocks.argument for blocks in model.block_lists):
         small[argument] = [0, 1] if isinstance(model.config[argument], list) else 2

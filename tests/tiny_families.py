@@ -154,6 +154,19 @@ def _qwen_and_clip(seed: int) -> dict[str, Any]:
     }
 
 
+def _gemma(_seed: int) -> dict[str, Any]:
+    config = t.Gemma2Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
+    return {"tokenizer": tokenizer(), "text_encoder": t.Gemma2Model(config)}
+
+
 def _gemma_and_sound(_seed: int) -> dict[str, Any]:
     text = t.Gemma3TextConfig(
         vocab_size=128,
@@ -420,6 +433,25 @@ FAMILIES = {
         ),
         scheduler=d.FlowMatchEulerDiscreteScheduler,
         texts=_gemma_and_sound,
+    ),
+    "sana-video": replace(
+        _WAN,
+        pipeline=d.SanaVideoPipeline,
+        transformer=d.SanaVideoTransformer3DModel,
+        config=_HEADS
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_cross_attention_heads": 4,
+            "cross_attention_head_dim": 16,
+            "cross_attention_dim": 64,
+            "caption_channels": 32,
+            "mlp_ratio": 1.5,
+            "num_layers": 2,
+            "rope_max_seq_len": 32,
+        },
+        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(shift=8.0),
+        texts=_gemma,
     ),
     "skyreels-v2": replace(
         _WAN,

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2q.common.errors import InvalidInputError
-from s2q.distillation.token_importance import capture_column_sums, token_weights
+from s2q.distillation.token_importance import capture_column_sums, linear_attention_colsum, token_weights
 from tiny import tiny_transformer, transformer_inputs
 
 
@@ -167,3 +167,38 @@ def test_constant_sums_weight_every_token_alike():
 def test_importance_refuses_bad_input(sums, options, message):
     with pytest.raises(InvalidInputError, match=message):
         token_weights(torch.tensor(sums), **options)
+
+
+class LinearAttention(torch.nn.Module):
+    heads = 2
+
+    def __init__(self, norms):
+        super().__init__()
+        self.to_q, self.to_k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.norm_q, self.norm_k = (torch.nn.RMSNorm(8), torch.nn.RMSNorm(8)) if norms else (None, None)
+
+    def forward(self, x):
+        query, key = self.to_q(x), self.to_k(x)
+        if self.norm_q is not None:
+            query, key = self.norm_q(query), self.norm_k(key)
+        self.seen = query, key
+        return query
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_sums_of_linear_attention_are_those_of_its_explicit_map(norms):
+    torch.manual_seed(0)
+    module, x = LinearAttention(norms), torch.randn(2, 11, 8)
+    with torch.no_grad(), capture_column_sums(module, linear=True) as captured:
+        output = module(x)
+        assert torch.equal(output, module.seen[0])
+    query, key = (part.unflatten(-1, (2, 4)).relu().transpose(1, 2) for part in module.seen)  # [B, H, N, D]
+    products = query @ key.transpose(-1, -2)
+    explicit = products / products.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(captured.joined(), explicit.nan_to_num().sum(dim=(1, 2)))
+    assert not module._forward_hooks
+
+
+def test_a_query_that_attends_to_nothing_gives_nothing():
+    query, key = torch.tensor([1.0, 0.0, -1.0, -1.0]).reshape(1, 2, 1, 2), torch.tensor([3.0, 0.0, 1.0, 5.0])
+    assert linear_attention_colsum(query, key.reshape(1, 2, 1, 2)).tolist() == [[0.75, 0.25]]

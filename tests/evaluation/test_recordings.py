@@ -6,15 +6,14 @@ import torch
 from s2q.evaluation.recordings import Recordings
 from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import record_trajectory
-from tiny import tiny_call, tiny_pipeline
+from tiny import tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
 
 @pytest.mark.parametrize("name", TEXT_TO_VIDEO)
 def test_a_trajectory_on_the_disk_equals_the_one_in_memory(name):
     pipe = tiny_pipeline(name, num_layers=1 if name != "wan 2.2 a14b" else None)
-    size = {key: tiny_call(pipe)[key] for key in ("num_frames", "height", "width")}
-    settings = resolve_settings(pipe, requested={**size, "num_inference_steps": 2})
+    settings = resolve_settings(pipe, requested={**video_size(pipe), "num_inference_steps": 2})
     trajectory = record_trajectory(pipe, ["a"], seeds=[0], settings=settings)
     recordings = Recordings(memory_bytes=1)
     recordings.add(trajectory)

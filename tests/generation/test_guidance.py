@@ -60,7 +60,8 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
     assert [call.timestep for call in trajectory.calls] == pytest.approx(used.timesteps.tolist())
     assert len(trajectory.calls) == STEPS
     assert {trajectory.branches(call) for call in trajectory.calls} == {1}
-    sizes = ("num_frames", "height", "width", "num_inference_steps")
+    assert given[family_of(pipe.transformer).frames_argument] == asked["num_frames"]
+    sizes = ("height", "width", "num_inference_steps")
     assert [given[key] for key in sizes] == [asked[key] for key in sizes]
     if is_guider:
         assert given["guider"] == 1

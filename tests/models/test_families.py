@@ -135,7 +135,7 @@ def test_the_unconditional_rows_come_first(pipe, trajectory):
     if trajectory.branches(call) == 1:
         pytest.skip("guidance is distilled")
     unconditional, conditional = call.inputs["encoder_hidden_states"].chunk(2)
-    assert torch.equal(unconditional[0], unconditional[-1])
+    torch.testing.assert_close(unconditional[0], unconditional[-1])
     assert not torch.equal(conditional[0], conditional[-1] if len(trajectory.prompts) > 1 else unconditional[0])
     first, second = (one.inputs["encoder_hidden_states"] for one in trajectory.calls[:2])
     assert first is second
@@ -181,6 +181,8 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
 
     for index, name in enumerate(stream.block_names):
         stream.advance(index)
+        if family.linear_attention:
+            pytest.skip("test_token_importance.py has its map")
         block, inputs = pipe.transformer.get_submodule(name), stream.inputs(0)
         with torch.no_grad(), capture_column_sums(block.get_submodule(family.attention)) as captured:
             output = block(**inputs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from s2q.common.errors import UsageError
 from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
-from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
+from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, attention_heads, synthetic_model
 from s2q.planning.workload import recommended_for, workload_of
 from s2q.selection.options import Calibration
 
@@ -63,14 +63,13 @@ def layer_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[Layer
 
 
 def attention_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[AttentionShape]:
-    """List the distinct self-attentions; without `rows`, of the model's own number of tokens."""
+    """List the distinct self-attentions with softmax; without `rows`, of the model's own number of tokens."""
     models: dict[tuple[int, int, int], list[str]] = {}
     for subject in subjects:
-        if isinstance(subject, SyntheticModel):
-            heads, head_dim = subject.heads, subject.head_dim
-        else:
-            config = subject.transformer_config
-            heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        if family_of(subject.transformer_class).linear_attention:
+            continue
+        is_synthetic = isinstance(subject, SyntheticModel)
+        heads, head_dim = attention_heads(subject.config if is_synthetic else subject.transformer_config)
         tokens = _attention_tokens(subject) if rows is None else rows
         models.setdefault((tokens, heads, head_dim), []).append(subject.name)
     return [

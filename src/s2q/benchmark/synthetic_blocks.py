@@ -177,6 +177,14 @@ def _wan_image_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Ca
     return {**_wan_inputs(model, batch, tokens, normal), "encoder_hidden_states": text}
 
 
+def _sana_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    angles = normal(1, tokens, 1, model.head_dim, dtype=torch.float32)
+    grid = video_grid(tokens, frames=model.frames)
+    sizes = {"frames": grid.frames, "height": grid.height, "width": grid.width}
+    time = normal(batch, 1, 6 * model.heads * model.head_dim)
+    return {"timestep": time, "rotary_emb": (angles.cos(), angles.sin()), **sizes}
+
+
 def _skyreels_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
     return {**_wan_inputs(model, batch, tokens, normal), "attention_mask": None}
 
@@ -233,6 +241,7 @@ BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "kandinsky5": _kandinsky5_inputs,
     "ltx": _ltx_inputs,
     "ltx-2": _ltx2_inputs,
+    "sana-video": _sana_inputs,
     "skyreels": _skyreels_inputs,
     "wan": _wan_inputs,
     "wan-image": _wan_image_inputs,
@@ -245,7 +254,8 @@ def _random_parameter(name: str, parameter: Tensor, generator: torch.Generator) 
     """A matrix keeps the size of its input; the weight of a norm is about 1, a bias 0."""
     value = torch.zeros(parameter.shape, dtype=parameter.dtype, device=generator.device)
     if parameter.ndim > 1:
-        value.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        inputs = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]  # of a convolution, or a matrix
+        value.normal_(std=inputs**-0.5, generator=generator)
     elif name != "bias":
         value.normal_(1.0, _NORM_STD, generator=generator)
     return value

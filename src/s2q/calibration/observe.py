@@ -64,7 +64,7 @@ def observe(
         call = functools.partial(teacher, **samples.inputs(index))
         with (
             capture_inputs(teacher, listeners),
-            capture_column_sums(attention) if weighted else nullcontext() as captured,
+            capture_column_sums(attention, linear=family.linear_attention) if weighted else nullcontext() as captured,
         ):
             outputs = call()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

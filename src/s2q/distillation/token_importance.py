@@ -6,10 +6,16 @@ Queries and keys are those of `F.scaled_dot_product_attention`, as attention see
 attention module to listen to is the family's knowledge. In joint attention the text tokens have a λ like the video
 tokens, in the order in which the module joins them.
 
+Linear attention has no softmax. Its denominators normalize a map all the same, of φ = ReLU and without positions,
+
+    A_hij = φ(q_hi) · φ(k_hj) / Σ_l φ(q_hi) · φ(k_hl),    S_j = Σ_h φ(k_hj) · Σ_i φ(q_hi) / z_hi
+
+with z the denominator, whose sums need no N × N map.
+
 Legend: `B` samples, `H` heads, `N` tokens, `D` head dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,13 +69,54 @@ class CapturedSums(SelfAttentionMode):
         self.calls.append(attention_colsum(query, key, mask=call.attn_mask, scale=call.scale))
 
 
+def linear_attention_colsum(query: Tensor, key: Tensor) -> Tensor:
+    """Return the column sums of the map of linear attention, fp32 [B, N], of queries and keys [B, N, H, D].
+
+    One token attends to two: with q = (1, 0), k_1 = (3, 0) and k_2 = (1, 5) the sums are 0.75 and 0.25.
+    """
+    query, key = query.float().relu(), key.float().relu()
+    normalizer = torch.einsum("bnhd,bhd->bnh", query, key.sum(dim=1)).clamp_min(torch.finfo(torch.float32).tiny)
+    total = (query / normalizer.unsqueeze(-1)).sum(dim=1)  # [B, H, D]
+    return torch.einsum("bnhd,bhd->bn", key, total)
+
+
 @contextmanager
-def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
+def _capture_linear_sums(attention: nn.Module) -> Iterator[CapturedSums]:
+    """Capture the sums of a module of linear attention from its normalized queries and keys."""
+    captured, seen = CapturedSums(), dict[str, Tensor]()
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, output: seen.update({name: output.detach()})
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        query, key = (seen.pop(name).unflatten(-1, (module.heads, -1)) for name in "qk")
+        captured.calls.append(linear_attention_colsum(query, key))
+
+    handles = [
+        (getattr(attention, f"norm_{name}", None) or getattr(attention, f"to_{name}")).register_forward_hook(keep(name))
+        for name in "qk"
+    ]
+    handles.append(attention.register_forward_hook(leave))
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture_column_sums(attention: nn.Module, *, linear: bool = False) -> Iterator[CapturedSums]:
     """Listen to the attention calls inside one module, `block.attn1` for example; yield what has been captured.
+
+    `linear` is for a module of linear attention, with `to_q`, `to_k`, maybe their norms, and `heads`.
 
     Outputs do not change. The N × N map is not formed; see `s2q.ops.attention_colsum`. The call itself raises
     InvalidInputError if it asks for causal attention or dropout.
     """
+    if linear:
+        with _capture_linear_sums(attention) as sums:
+            yield sums
+        return
     captured = CapturedSums()
 
     def enter(_module: nn.Module, _args: Any) -> None:

@@ -140,13 +140,13 @@ def adapt_call(pipe: Any, arguments: dict[str, Any], prompts: Sequence[Prompt], 
     if not takes_batches(pipe):
         for name in {"prompt", "negative_prompt", "generator"} & arguments.keys():
             (arguments[name],) = arguments[name]
+    arguments[family_of(pipe.transformer).frames_argument] = arguments.pop("num_frames")
     known = image_to_video(pipe)
     if known is None:
         return
     (prompt,) = prompts
     assert prompt.image is not None, "check_prompts refuses a prompt without an image"
     arguments["image"] = prompt.image.pixels
-    arguments[known.frames_argument] = arguments.pop("num_frames")
     arguments |= {name: video.frames(settings.num_frames) for name, video in prompt.videos.items()}
     if known.further_call and prompt.videos.keys() & set(known.further_videos):
         arguments |= known.further_call

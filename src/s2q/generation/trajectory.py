@@ -107,7 +107,7 @@ def record_trajectory(
 def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list[TransformerCall]]:
     """Yield a list that gets one `TransformerCall` for every call of the transformers, by component.
 
-    Calls must pass their tensors by keyword, as diffusers pipelines do.
+    A pipeline may pass the latents by position, all else by keyword.
     """
     calls: list[TransformerCall] = []
     shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -115,7 +115,8 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
     def remember(
         component: str, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        assert not args, "the pipeline passed a positional argument to its transformer"
+        assert len(args) <= 1, "the pipeline passed more than the latents to its transformer by position"
+        kwargs = kwargs | dict(zip(("hidden_states",), args, strict=False))
         inputs = {
             name: _to_cpu(value, shared if name != "hidden_states" else {})
             for name, value in kwargs.items()

@@ -21,6 +21,7 @@ from s2q.models.kandinsky5 import KANDINSKY5
 from s2q.models.ltx import LTX
 from s2q.models.ltx2 import LTX2
 from s2q.models.mochi import MOCHI
+from s2q.models.sana_video import SANA_VIDEO
 from s2q.models.skyreels_v2 import SKYREELS_V2
 from s2q.models.source import ModelSource, resolve_model
 from s2q.models.wan import WAN
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         LTX,
         LTX2,
         MOCHI,
+        SANA_VIDEO,
         SKYREELS_V2,
         WAN,
         WAN_ANIMATE,

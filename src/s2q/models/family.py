@@ -31,10 +31,9 @@ class ImageToVideo:
         embedded_by: Field of a transformer's configuration without which it sees none.
         packages: Optional dependencies of diffusers that its call imports, by their names on PyPI.
         starts_video: Whether the image is the first frame of the video; else it shows who or what is in it.
-        videos: Videos that it needs beside the image, by argument.
+        videos: Videos that it needs beside the image, by argument, of at least as many frames as it makes.
         further_videos: Videos that it takes all of or none.
         further_call: Arguments of its call with those.
-        frames_argument: The argument of its call for the number of frames; videos have at least so many.
         least_frames: Fewest frames that it makes.
     """
 
@@ -48,7 +47,6 @@ class ImageToVideo:
     videos: tuple[str, ...] = ()
     further_videos: tuple[str, ...] = ()
     further_call: Mapping[str, Any] = field(default_factory=dict)
-    frames_argument: str = "num_frames"
     least_frames: int = 1
 
 
@@ -66,6 +64,7 @@ class Family:
         image_linears: Those of them that see tokens of an image.
         audio_linears: Linears of a block that see audio tokens alone.
         attention: The module of a block whose attention says which tokens matter.
+        linear_attention: Whether that is linear attention, without a softmax map.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them: the video is
             "hidden_states", the text "encoder_hidden_states", the audio "audio_hidden_states".
         list_streams: The same of a block list whose blocks return others, by its attribute.
@@ -84,6 +83,7 @@ class Family:
             guidance that was distilled into the transformer: one branch, with the weight as an input.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         call: Arguments of the pipeline's call beside the settings; those that switch off further passes of guidance.
+        frames_argument: The argument of its call for the number of frames.
         unbatched: Tensors among the arguments of a transformer that do not have a row for each sample.
         takes_batches: Whether the pipeline takes several prompts; one that does not is called with a prompt alone.
         draws_noise: Whether the pipeline must draw the initial noise itself, because it takes no noise unchanged; it
@@ -118,8 +118,10 @@ class Family:
     frame_rate: int
     image_linears: tuple[str, ...] = ()
     audio_linears: tuple[str, ...] = ()
+    linear_attention: bool = False
     reference_frames: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
+    frames_argument: str = "num_frames"
     block_arguments: Mapping[str, str] = field(default_factory=dict)
     list_streams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chained: bool = True

@@ -81,16 +81,12 @@ class SyntheticModel:
     @property
     def heads(self) -> int:
         """Heads of an attention."""
-        if "axes_dims" in self.config:
-            return int(self.config["model_dim"]) // self.head_dim
-        return int(self.config["num_attention_heads"])
+        return attention_heads(self.config)[0]
 
     @property
     def head_dim(self) -> int:
         """D."""
-        if "axes_dims" in self.config:  # of the positions along time, height and width
-            return sum(self.config["axes_dims"])
-        return int(self.config["attention_head_dim"])
+        return attention_heads(self.config)[1]
 
     def meta_transformer(self, *, blocks: int | None = None) -> nn.Module:
         """Build the transformer on the meta device, with `blocks` blocks in each list (None: as the model has)."""
@@ -114,6 +110,13 @@ class SyntheticModel:
         if linear in self.family.audio_linears:
             return self.audio_tokens
         return tokens + self.text_tokens if block_list.sees == "joint" else tokens
+
+
+def attention_heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the heads of an attention and D by the configuration of a transformer."""
+    if "axes_dims" in config:  # of the positions along time, height and width
+        return int(config["model_dim"]) // sum(config["axes_dims"]), sum(config["axes_dims"])
+    return int(config["num_attention_heads"]), int(config["attention_head_dim"])
 
 
 def synthetic_names() -> tuple[str, ...]:
