@@ -1,8 +1,9 @@
-"""The table of exported checkpoints beside what the reading program's own quantization gives.
+"""Tables of exported checkpoints: beside the reading program's own quantization, and as ComfyUI computes them.
 
     python benchmarks/exports.py -m MODEL
+    python benchmarks/comfyui.py COMFYUI_FOLDER --python INTERPRETER
 
-Evaluations are in ``results/exports/MODEL``.
+Evaluations are in ``results/exports/MODEL``, outputs of ComfyUI in ``results/exports/comfyui.json``.
 """
 
 import json
@@ -15,6 +16,8 @@ from s2q.evaluation.paired import paired_differences
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
 RESULTS = Path(__file__).parent / "results" / "exports"
+NAMES = {"wan": "Wan", "ltx": "LTX-Video", "hunyuanvideo": "HunyuanVideo"}
+PROGRAMS = {"ComfyUI": "comfyui", "comfy-kitchen": "comfy-kitchen", "PyTorch": "torch"}
 _ERROR = "velocity_relative_error"
 
 
@@ -48,3 +51,18 @@ def _cells(record: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
         ratio,
         interval(psnr, ".1f"),
     ]
+
+
+def comfyui_table(_: str) -> str:
+    """Exports as ComfyUI detects and computes them; distances of outputs in %."""
+    record = json.loads((RESULTS / "comfyui.json").read_text())
+    distances = ["ComfyUI to s2q, %", "ComfyUI to full precision, %", "s2q to full precision, %"]
+    lines = table_head("transformer", ["recipe", "detected as", "quantized linears", *distances])
+    for model, rows in record["models"].items():
+        for recipe, row in rows.items():
+            counts = ", ".join(f"{count} `{name}`" for name, count in row["linears"].items())
+            names = ("comfyui_to_s2q", "comfyui_to_full_precision", "s2q_to_full_precision")
+            errors = [format(100 * row[name], "#.2g") for name in names]
+            lines.append(table_row(NAMES[model], [f"`{recipe}`", f"`{row['detected']}`", counts, *errors]))
+    versions = ", ".join(f"{name} {record['versions'][key]}" for name, key in PROGRAMS.items())
+    return "\n".join([*lines, "", f"{versions}, on a CPU. Made by `{record['command']}`."])

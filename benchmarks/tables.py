@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from choosing import devices_table, models_table, recipes_table
-from export_tables import exports_table
+from export_tables import comfyui_table, exports_table
 from family_pages import modes_table, page_names, sizes_and_times_table
 from figures import FIGURES, IMAGES
 from judging import evalcrafter_table, metrics_table, paper_table
@@ -48,6 +48,7 @@ PAGES = (
     "README.md",
     "docs/quickstart.md",
     "docs/choose.md",
+    "docs/comfyui.md",
     "docs/results.md",
     "docs/observations.md",
     "docs/speed.md",
@@ -290,6 +291,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "choose-devices": devices_table,
     "choose-models": models_table,
     "choose-recipes": recipes_table,
+    "comfyui": comfyui_table,
     "exports": exports_table,
     "parts-added": parts_added_table,
     "adherence": adherence_table,
