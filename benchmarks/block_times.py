@@ -27,7 +27,7 @@ import s2q
 from s2q.calibration.stream import TeacherStream
 from s2q.common.fingerprint import fingerprint
 from s2q.recipes.load import load_recipe
-from s2q.run import quantize, work
+from s2q.run import stages, work
 
 RECIPE = "s2q-w4a6"
 RESULT = Path(__file__).parent / "results" / "block-times.json"
@@ -54,7 +54,7 @@ def measure_run(model: str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
         mock.patch.object(work, "record_prompt", timed(work.record_prompt, parts["prompts"])),
         mock.patch.object(TeacherStream, "_start", timed(TeacherStream._start, parts["stream_starts"])),
         mock.patch.object(TeacherStream, "_pass", timed(TeacherStream._pass, parts["stream_passes"])),
-        mock.patch.object(quantize, "save_checkpoint", timed(quantize.save_checkpoint, parts["save"])),
+        mock.patch.object(stages, "save_checkpoint", timed(stages.save_checkpoint, parts["save"])),
         mock.patch.object(time, "perf_counter", time.process_time),
     ]
     with tempfile.TemporaryDirectory() as folder:
