@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import s2q
+from s2q.checkpoint import read_config
 from s2q.common.errors import InvalidInputError
 from s2q.generation.denoise import denoise
 from s2q.generation.settings import check_prompts, resolve_settings
@@ -60,6 +62,14 @@ def test_one_branch_is_planned_with_guidance(pipe):
     assert (workload.branches, workload.rows) == (1, 1)
     with pytest.raises(InvalidInputError, match="negative_prompt: .* runs without guidance"):
         settings_of(pipe, guidance_scale=1.0, negative_prompt="ugly")
+
+
+def test_int8_attention_is_that_of_the_video(pipe, tmp_path):
+    s2q.quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out", overrides=["attention.num_bits=8"])
+    modules = read_config(tmp_path / "out").attention_modules()
+    assert list(modules) == [f"visual_transformer_blocks.{block}.self_attention" for block in range(2)]
+    (video,) = s2q.generate(tmp_path / "out", prompts=["red"], **video_size(pipe), num_inference_steps=1)
+    assert video.frames.shape == (9, 16, 16, 3)
 
 
 def test_the_tokens_of_a_prompt_are_counted_by_the_tokenizer_of_a_processor(pipe):

@@ -117,13 +117,20 @@ def quantized_attention(recipe: Recipe, transformers: Mapping[str, nn.Module]) -
     """List the full names of the attention modules that a recipe quantizes: one a block, less `skip`.
 
     Raises:
-        InvalidInputError: If the recipe quantizes attention, and the heads are too wide or no module is left.
+        InvalidInputError: If the recipe quantizes attention, and that is linear, the heads are too wide or no module is
+            left.
     """
     if recipe.attention is None:
         return []
     names = []
     for component, transformer in transformers.items():
         family = family_of(transformer)
+        if family.linear_attention:
+            raise InvalidInputError(
+                f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: the attention of "
+                f"{type(transformer).__name__} is linear, with no products of queries and keys to quantize; set "
+                "attention=null"
+            )
         inside = [f"{block}.{family.attention}" for block in block_names(transformer, family)]
         _check_heads(recipe, transformer, inside)
         names += [full_name(component, name) for name in inside]
@@ -179,7 +186,10 @@ def allocation_bytes(recipe: Recipe, linears: Sequence[BlockLinear]) -> int:
 def _check_heads(recipe: Recipe, transformer: nn.Module, attention: Sequence[str]) -> None:
     assert recipe.attention is not None
     modules = [transformer.get_submodule(name) for name in attention]
-    head_dim = max(module.to_q.out_features // module.heads for module in modules)
+    sizes = ((getattr(module, "to_q", None) or module.to_query, module) for module in modules)
+    head_dim = max(
+        query.out_features // (getattr(module, "heads", None) or module.num_heads) for query, module in sizes
+    )
     if head_dim > MAX_HEAD_DIM:
         raise InvalidInputError(
             f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: the heads of "
