@@ -75,6 +75,22 @@ def test_an_evaluation_is_followed_by_videos_side_by_side_and_a_push(said, check
     assert [name for name, _ in said()] == ["compare"], "it is on the Hub already"
 
 
+def test_the_videos_side_by_side_are_of_the_prompts_variant_and_adapters_of_the_evaluation(said):
+    given = {"prompts": Path("judged.txt"), "variant": "fp16", "loras": ["a.safetensors"]}
+    next_steps.say_next(next_steps.after_evaluate("out", "acme/model", Path("eval.json"), **given))
+    ((_, compared),) = said()
+    assert {name: compared[name] for name in given} == given
+
+
+def test_a_dry_run_of_a_push_is_followed_by_the_push_with_all_of_its_options(said):
+    given = {"evaluation": Path("eval.json"), "videos": Path("videos"), "message": "a b"}
+    flags = {"public": True, "overwrite": True}
+    next_steps.say_next(next_steps.after_dry_push("out", "acme/out", **given, **flags))
+    ((name, pushed),) = said()
+    assert (name, pushed["dry_run"]) == ("push", False)
+    assert {option: pushed[option] for option in given | flags} == given | flags
+
+
 def test_a_comparison_is_followed_by_the_checkpoint_of_the_least_error(said, tmp_path):
     for label in ("a", "b", "broken"):
         (tmp_path / "checkpoints" / label).mkdir(parents=True)

@@ -110,7 +110,8 @@ def evaluate(
     output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
     console.say(f"written to {out if page is None else f'{out} and {page}'}")
     if not as_json:
-        next_steps.say_next(next_steps.after_evaluate(model, reference, out))
+        given = {"prompts": prompts, "variant": variant, "loras": loras or ()}
+        next_steps.say_next(next_steps.after_evaluate(model, reference, out, **given))
 
 
 def _written(out: Path, result: dict[str, Any], planned: Any, progress: Progress) -> dict[str, Any]:

@@ -29,9 +29,8 @@ def evaluate_with(
     from s2q.shapes.embedded import EMBEDDED_NAMES
 
     prompts = [] if reference in EMBEDDED_NAMES else ["--prompts", "FILE"]
-    adapters = [word for lora in loras for word in ("--lora", lora)]
     pair = ["-m", str(model), "--reference", reference or "MODEL"]
-    return ["eval", *pair, *prompts, *_variant(variant), *adapters, "-o", "eval.json"]
+    return ["eval", *pair, *prompts, *_variant(variant), *_adapters(loras), "-o", "eval.json"]
 
 
 def after_plan(
@@ -43,8 +42,7 @@ def after_plan(
     if model.startswith(SYNTHETIC_PREFIX):
         return [["bench", "-m", model, "-r", recipe, "-o", "bench.json"]]
     changes = [word for change in overrides for word in ("--set", change)]
-    adapters = [word for lora in loras for word in ("--lora", lora)]
-    return [["quantize", "-m", model, "-r", recipe, *changes, *_variant(variant), *adapters, "-o", "OUT"]]
+    return [["quantize", "-m", model, "-r", recipe, *changes, *_variant(variant), *_adapters(loras), "-o", "OUT"]]
 
 
 def after_generate(model: str, folder: Path, *, variant: str | None) -> list[list[str]]:
@@ -57,14 +55,41 @@ def after_generate(model: str, folder: Path, *, variant: str | None) -> list[lis
     return [evaluate_with(model, full_precision_origin(folder), variant=variant)]
 
 
-def after_evaluate(model: str, reference: str, out: Path) -> list[list[str]]:
-    """Show the videos side by side; push a checkpoint of this machine."""
+def after_evaluate(
+    model: str,
+    reference: str,
+    out: Path,
+    *,
+    prompts: Path | None = None,
+    variant: str | None = None,
+    loras: Sequence[str] = (),
+) -> list[list[str]]:
+    """Show the videos of the same prompts side by side; push a checkpoint of this machine."""
     from s2q.checkpoint.manifest import MANIFEST
 
-    commands = [["compare", model, "-m", reference, "-o", "compared"]]
+    texts = [] if prompts is None else ["--prompts", str(prompts)]
+    options = [*texts, *_variant(variant), *_adapters(loras)]
+    commands = [["compare", model, "-m", reference, *options, "-o", "compared"]]
     if (Path(model) / MANIFEST).exists():
         commands.append(["push", model, "REPO_ID", "--eval", str(out)])
     return commands
+
+
+def after_dry_push(
+    model: str,
+    repo: str,
+    *,
+    evaluation: Path | None,
+    videos: Path | None,
+    public: bool,
+    message: str | None,
+    overwrite: bool,
+) -> list[list[str]]:
+    """Push what the dry run has checked."""
+    values = {"--eval": evaluation, "--videos": videos, "--message": message}
+    given = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+    flags = [name for name, is_set in {"--public": public, "--overwrite": overwrite}.items() if is_set]
+    return [["push", model, repo, *given, *flags]]
 
 
 def after_compare(result: Mapping[str, Any], out: Path) -> list[list[str]]:
@@ -81,3 +106,7 @@ def after_compare(result: Mapping[str, Any], out: Path) -> list[list[str]]:
 
 def _variant(variant: str | None) -> list[str]:
     return [] if variant is None else ["--variant", variant]
+
+
+def _adapters(loras: Sequence[str]) -> list[str]:
+    return [word for lora in loras for word in ("--lora", lora)]

@@ -65,6 +65,7 @@ def push(
             console.say(f"would be written: {file} ({format_bytes(size_bytes)})")
         for file in result["deleted"]:
             console.say(f"would be deleted: {file}")
-        next_steps.say_next([["push", model, repo]])
+        told = {"public": public, "message": message, "overwrite": overwrite}
+        next_steps.say_next(next_steps.after_dry_push(model, repo, evaluation=evaluation, videos=videos, **told))
     else:
         next_steps.say_next([next_steps.generate_with(name)])
