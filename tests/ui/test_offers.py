@@ -1,5 +1,8 @@
 """Models that the page of `s2q ui` offers, and pairs that it compares."""
 
+import json
+import shutil
+
 import pytest
 
 import s2q
@@ -58,6 +61,32 @@ def test_what_cannot_be_offered_is_refused_with_its_remedy(checkpoint, tiny_mode
         offered(models=["shapes-wan"], checkpoints=[checkpoint])
     with pytest.raises(InvalidInputError, match="does not exist"):
         offered(checkpoints=[tmp_path / "absent"])
+
+
+@pytest.fixture
+def with_pipeline(tiny_model, tmp_path):
+    """The configurations of a model, with another class of pipeline."""
+
+    def write(class_name, transformer_class):
+        folder = tmp_path / class_name
+        shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        for name, class_of in (("model_index.json", class_name), ("transformer/config.json", transformer_class)):
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(content | {"_class_name": class_of}))
+        return folder
+
+    return write
+
+
+def test_models_that_need_more_than_a_prompt_and_an_image_are_refused(with_pipeline):
+    animate = with_pipeline("WanAnimatePipeline", "WanAnimateTransformer3DModel")
+    with pytest.raises(
+        InvalidInputError, match=r"needs pose_video and face_video, .*; use s2q eval with a \.jsonl file"
+    ):
+        offered(models=[animate])
+    control = with_pipeline("CogVideoXVideoToVideoPipeline", "CogVideoXTransformer3DModel")
+    with pytest.raises(InvalidInputError, match="not with CogVideoXVideoToVideoPipeline; load the model in Python"):
+        offered(models=[control])
 
 
 def test_two_models_of_other_architectures_are_no_pair():

@@ -47,7 +47,8 @@ def offered(models: Sequence[str | Path] = (), checkpoints: Sequence[str | Path]
         checkpoints: s2q checkpoints, by folder or Hub id.
 
     Raises:
-        InvalidInputError: If a model is unknown, a checkpoint is none or damaged, or it was made from none of `models`.
+        InvalidInputError: If a model is unknown or needs more than a prompt and an image, or if a checkpoint is none,
+            is damaged, or was made from none of `models`.
     """
     quantized = [_checkpoint(path) for path in checkpoints]
     sources = [resolve_model(model) for model in models] or _origins(quantized)
@@ -128,13 +129,30 @@ def _distinct(sources: Iterable[ModelSource]) -> list[ModelSource]:
 
 
 def _offer(source: ModelSource, *, label: str, recipe: str | None = None) -> Offer:
-    known = family_of(source.transformer_class).image_to_video
-    bases = {base.__name__ for base in source.pipeline_type().__mro__}
     return Offer(
         label=label,
         source=source,
         recipe=recipe,
         quantized=recipe is not None or source.is_quantized,
-        needs_image=known is not None and known.pipeline_class in bases,
+        needs_image=_needs_image(source, label=label),
         architecture=architecture_of(source, label=label),
     )
+
+
+def _needs_image(source: ModelSource, *, label: str) -> bool:
+    """Whether videos start from an image; refuses a pipeline that needs what the page has no fields for."""
+    family, bases = family_of(source.transformer_class), {base.__name__ for base in source.pipeline_type().__mro__}
+    known = family.image_to_video
+    if known is None or known.pipeline_class not in bases:
+        if family.pipeline_class in bases:
+            return False
+        raise InvalidInputError(
+            f"{label}: s2q ui generates from a prompt, or a prompt and an image, not with "
+            f"{source.index['_class_name']}; load the model in Python and call the pipeline"
+        )
+    if known.videos:
+        raise InvalidInputError(
+            f"{label}: {known.pipeline_class} needs {' and '.join(known.videos)}, which the page has no fields for; "
+            "use s2q eval with a .jsonl file of prompts"
+        )
+    return True
