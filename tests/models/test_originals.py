@@ -241,6 +241,7 @@ def test_what_is_no_file_and_base_is_refused(file, base, tmp_path):
         f"{file}@{base}/none": "does not exist; expected a diffusers pipeline folder",
         f"{file},transformer_2={file}@{base}": "has no transformer_2; it has one transformer",
         f"{file},vae={file}@{base}": "unknown component of a file 'vae'",
+        f"{file},transformer={file}@{base}": "names two files for transformer; expected one",
     }
     for text, message in refused.items():
         with pytest.raises(InvalidInputError, match=message):

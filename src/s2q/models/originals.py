@@ -43,19 +43,20 @@ def parse_originals(text: str) -> tuple[dict[str, Path], str] | None:
     """Return the files, by the transformer that each is for, and the base of "FILE@BASE"; None for other texts.
 
     Raises:
-        InvalidInputError: If a file does not exist, or names a component that no pipeline has.
+        InvalidInputError: If a file does not exist, is for a component that no pipeline has, or is the second for one.
     """
     match = None if Path(text).expanduser().exists() else _GIVEN.fullmatch(text)
     if match is None:
         return None
     first, *further = _FURTHER.split(match["files"])
-    given = {TRANSFORMERS[0]: first, **dict(zip(further[::2], further[1::2], strict=True))}
-    if alone := re.match(r"(?P<component>transformer\w*)=", first):
-        given = {alone["component"]: first[alone.end() :], **dict(list(given.items())[1:])}
-    files = {}
-    for component, name in given.items():
+    alone = re.match(r"(?P<component>transformer\w*)=", first)
+    start = (TRANSFORMERS[0], first) if alone is None else (alone["component"], first[alone.end() :])
+    files: dict[str, Path] = {}
+    for component, name in (start, *zip(further[::2], further[1::2], strict=True)):
         if component not in TRANSFORMERS:
             raise unknown_name("component of a file", component, TRANSFORMERS)
+        if component in files:
+            raise InvalidInputError(f"{text}: names two files for {component}; expected one")
         path = Path(name).expanduser().absolute()  # workers may be in other folders
         if not path.is_file():
             raise InvalidInputError(f"{name}: no such file; expected {EXPECTED}")
