@@ -161,6 +161,38 @@ def test_the_comparison_draws_every_entry_and_its_difference(visit, addresses):
         assert visitor.errors == []
 
 
+def test_the_wipe_of_a_comparison_uncovers_full_precision_under_every_entry(visit, addresses):
+    halves = """() => [...document.querySelector(".player").querySelectorAll("canvas")].map((canvas) =>
+      [0, canvas.width / 2].map((left) => {
+        const {data} = canvas.getContext("2d").getImageData(left, 0, canvas.width / 2, canvas.height);
+        return data.reduce((sum, value, at) => sum + value * (1 + at), 0);
+      }))"""
+    with visit() as visitor:
+        page = visitor.open(addresses["compare"])
+        page.wait_for_function("document.querySelector('video').readyState === 4")
+        page.locator("#play-all").click()
+        assert not page.locator(".wipe-at").first.is_visible()
+        page.locator(".transport input").first.fill("2")
+        page.evaluate("""async () => {
+          const video = document.querySelector("video");
+          if (video.seeking) await new Promise((done) => video.addEventListener("seeked", done, {once: true}));
+          await new Promise(requestAnimationFrame);
+        }""")
+        (left, _), *before = page.evaluate(halves)
+        page.locator("#wipe").check()
+        reference, *entries = page.evaluate(halves)
+        assert reference[0] == left
+        assert [entry[0] for entry in entries] == [left] * len(entries)
+        assert [entry[1] for entry in entries] == [entry[1] for entry in before]
+        page.locator(".wipe-position").first.fill("0")
+        assert page.evaluate(halves)[1:] == before
+        canvas = page.locator("canvas").nth(1)
+        box = canvas.bounding_box()
+        page.mouse.click(box["x"] + 0.75 * box["width"], box["y"] + 5)
+        assert abs(float(page.locator(".wipe-position").first.input_value()) - 75) <= 1
+        assert visitor.errors == []
+
+
 def test_a_video_that_cannot_be_decoded_is_named_and_the_others_play(visit, tmp_path):
     broken = re.sub(r"data:video/mp4;base64,[^\"]{40}", "data:video/mp4;base64," + "A" * 40, report_page(), count=1)
     (tmp_path / "broken.html").write_text(broken)

@@ -5,7 +5,7 @@
   const speed = document.getElementById("speed");
   const difference = document.getElementById("show-difference");
   const theme = document.getElementById("theme");
-  const wipe = document.getElementById("wipe"); // the page of a comparison has none
+  const wipe = document.getElementById("wipe");
 
   class Player {
     constructor(root) {
@@ -31,22 +31,22 @@
         button.addEventListener("click", () => this.step(Number(button.dataset.step)));
       }
       this.position = root.querySelector(".wipe-position");
-      if (this.position) this.listen(root.querySelector("figure.student"));
+      this.position.addEventListener("input", () => this.place());
+      for (const figure of root.querySelectorAll("figure.student")) this.listen(figure);
+      this.place();
       this.apply();
     }
     listen(figure) {
-      const video = figure.querySelector("video");
+      const picture = figure.querySelector("video, canvas");
       const move = (event) => {
         if (!wipe.checked || (event.type === "pointermove" && event.buttons !== 1)) return;
-        const box = video.getBoundingClientRect();
+        const box = picture.getBoundingClientRect();
         this.position.value = String(100 * (event.clientX - box.left) / box.width);
         this.place();
       };
       for (const event of ["pointerdown", "pointermove"]) figure.addEventListener(event, move);
       figure.addEventListener("dragstart", (event) => event.preventDefault());
-      this.position.addEventListener("input", () => this.place());
-      new ResizeObserver(() => figure.style.setProperty("--wipe-height", `${video.clientHeight}px`)).observe(video);
-      this.place();
+      new ResizeObserver(() => figure.style.setProperty("--wipe-height", `${picture.clientHeight}px`)).observe(picture);
     }
     fail() {
       if (this.root.querySelector(".unplayable")) return;
@@ -56,7 +56,10 @@
       note.textContent = "This browser cannot decode a video of this prompt (H.264 in MP4); its frames are under “All frames at once”.";
       this.root.querySelector("h3").after(note);
     }
-    place() { this.root.style.setProperty("--wipe", `${this.position.value}%`); }
+    place() {
+      this.root.style.setProperty("--wipe", `${this.position.value}%`);
+      this.draw();
+    }
     step(frames) { this.seek((Number(this.range.value) + frames + this.frames) % this.frames); }
     get master() { return this.videos[0]; }
     get frame() {
@@ -87,9 +90,15 @@
     draw() {
       const apart = difference.checked;
       for (const screen of this.screens) {
-        const [x, y] = (apart ? screen.dataset.difference : screen.dataset.corner).split(" ").map(Number);
         const { width, height } = screen;
-        screen.getContext("2d").drawImage(this.master, x, y, width, height, 0, 0, width, height);
+        const context = screen.getContext("2d");
+        const tile = (corner, shown) => {
+          const [x, y] = corner.split(" ").map(Number);
+          context.drawImage(this.master, x, y, shown, height, 0, 0, shown, height);
+        };
+        tile(apart ? screen.dataset.difference : screen.dataset.corner, width);
+        const uncovered = Math.round((width * this.position.value) / 100);
+        if (wipe.checked && screen !== this.screens[0] && uncovered) tile(this.screens[0].dataset.corner, uncovered);
       }
     }
     show(frame) {
@@ -136,12 +145,15 @@
     document.body.classList.toggle("no-difference", !difference.checked);
     players.forEach((player) => player.draw());
   });
-  if (wipe) wipe.addEventListener("change", () => document.body.classList.toggle("wipe", wipe.checked));
+  wipe.addEventListener("change", () => {
+    document.body.classList.toggle("wipe", wipe.checked);
+    players.forEach((player) => player.draw());
+  });
   const keys = {
     " ": () => playAll.click(),
     ArrowLeft: () => players.filter((player) => player.visible).forEach((player) => player.step(-1)),
     ArrowRight: () => players.filter((player) => player.visible).forEach((player) => player.step(1)),
-    w: () => wipe && wipe.click(),
+    w: () => wipe.click(),
     d: () => difference.click(),
   };
   document.addEventListener("keydown", (event) => {
