@@ -64,6 +64,15 @@ def test_two_pipelines_stay_loaded_until_others_are_chosen(offers, tmp_path):
     assert pipelines.open(*offers, progress=silent)[0] is not first
 
 
+def test_both_pipelines_have_the_dtype_of_the_left_model_whatever_was_loaded_before(offers, tmp_path, monkeypatch):
+    of_label = dict(zip([offer.source.name for offer in offers], (torch.bfloat16, torch.float32), strict=True))
+    monkeypatch.setattr("s2q.ui.pipelines.own_dtype", lambda source, device: of_label[source.name])
+    pipelines = Pipelines(tmp_path)
+    for pair, dtype in ((offers, torch.bfloat16), (offers[::-1], torch.float32), (offers, torch.bfloat16)):
+        opened = pipelines.open(*pair, progress=silent)
+        assert [pipe.transformer.dtype for pipe in opened] == [dtype, dtype]
+
+
 def test_a_recipe_quantizes_an_embedded_model_once(embedded_tiny, tmp_path, monkeypatch):
     left, right, *_ = (offer for offer in offered(models=[embedded_tiny]))
     pipelines = Pipelines(tmp_path)

@@ -92,12 +92,11 @@ def load_pipeline(
     if is_checkpoint(source):
         source.check_packages()
         folder = source.complete_folder()
-        config, *_ = checkpoint.read_configs(folder).values()
-        wanted = dtype or default_dtype(getattr(torch, config.compute_dtype), device)
+        wanted = dtype or own_dtype(source, device, folder=folder)
         pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=where, verify=verify)
     else:
         _check_leftover_manifest(source.folder, verify=verify)
-        wanted = dtype or default_dtype(source.stored_dtype(), device)
+        wanted = dtype or own_dtype(source, device)
         pipe = source.load_pipeline(dtype=wanted, device=where)
     way = fitting_offload(pipe, device, sharing=sharing) if way == "auto" else way
     if way == "none":
@@ -113,6 +112,14 @@ def load_pipeline(
         if attention_backend is not None:
             transformer.set_attention_backend(attention_backend)
     return pipe
+
+
+def own_dtype(source: ModelSource, device: str, *, folder: Path | None = None) -> torch.dtype:
+    """Return the compute dtype of a model that is loaded without one; `folder` has the files of a checkpoint."""
+    if not is_checkpoint(source):
+        return default_dtype(source.stored_dtype(), device)
+    config, *_ = checkpoint.read_configs(folder or source.folder).values()
+    return default_dtype(getattr(torch, config.compute_dtype), device)
 
 
 def pipeline_to_ask(source: ModelSource) -> DiffusionPipeline:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from s2q.common.arguments import parse_dtype
 from s2q.common.components import transformers_of
 from s2q.common.devices import free_memory
 from s2q.common.progress import Progress
-from s2q.generation.load import load_pipeline
+from s2q.generation.load import load_pipeline, own_dtype
 from s2q.models import ModelSource, resolve_model
 from s2q.run.quantize import quantize
 from s2q.ui.offers import Offer
@@ -39,20 +42,16 @@ class Pipelines:
     ) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
         self.offload, self.backend = offload, backend
-        self._loaded: dict[str, DiffusionPipeline] = {}
+        self._loaded: dict[tuple[str, torch.dtype], DiffusionPipeline] = {}
 
     def open(self, left: Offer, right: Offer, *, progress: Progress) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-        """Return two pipelines, loaded in the same dtype; others are released first."""
-        for label in [label for label in self._loaded if label not in (left.label, right.label)]:
-            del self._loaded[label]
+        """Return two pipelines, loaded in the same dtype; those that do not fit are released first."""
+        dtype = parse_dtype(self.dtype) or own_dtype(self.source(left, progress=progress), self.device)
+        wanted = [(offer.label, dtype) for offer in (left, right)]
+        for key in [key for key in self._loaded if key not in wanted]:
+            del self._loaded[key]
         free_memory()
-        first = self._open(left, dtype=self.dtype, progress=progress)
-        dtype = first.transformer.dtype
-        kept = self._loaded.get(right.label)
-        if kept is not None and kept.transformer.dtype != dtype:
-            del self._loaded[right.label], kept
-            free_memory()
-        return first, self._open(right, dtype=str(dtype).removeprefix("torch."), progress=progress)
+        return self._open(left, dtype=dtype, progress=progress), self._open(right, dtype=dtype, progress=progress)
 
     def source(self, offer: Offer, *, progress: Progress) -> ModelSource:
         """Return the model of an offer, quantized first if it has a recipe and this is its first use."""
@@ -63,15 +62,16 @@ class Pipelines:
             quantize(offer.source, recipe=offer.recipe, out=folder, device=self.device, progress=progress)
         return resolve_model(folder)
 
-    def _open(self, offer: Offer, *, dtype: str | None, progress: Progress) -> DiffusionPipeline:
-        if offer.label not in self._loaded:
+    def _open(self, offer: Offer, *, dtype: torch.dtype, progress: Progress) -> DiffusionPipeline:
+        key = offer.label, dtype
+        if key not in self._loaded:
             source = self.source(offer, progress=progress)
             progress(f"loading {offer.label}", 0, 1)
-            self._loaded[offer.label] = load_pipeline(
+            self._loaded[key] = load_pipeline(
                 source, dtype=dtype, device=self.device, offload=self.offload, backend=self.backend, sharing=2
             )
             progress(f"loading {offer.label}", 1, 1)
-        return self._loaded[offer.label]
+        return self._loaded[key]
 
 
 def weight_bytes(pipe: DiffusionPipeline) -> int:
