@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from report.test_run_records import checkpoint, report
+from s2q.cli import pages
 from s2q.cli.pages import SHOWN_PROMPTS, EvaluationPage, all_of, page_content
 from s2q.report.run_records import RunRecords, read_records
 
@@ -49,6 +50,17 @@ def test_an_evaluation_keeps_the_first_seed_of_the_first_prompts_of_both_models(
     for kept, label in ((page.theirs, "full"), (page.ours, "quantized")):
         assert list(kept) == [str(prompt) for prompt in range(SHOWN_PROMPTS)]
         assert {(video.seed, video.label) for video in kept.values()} == {(3, label)}
+
+
+def test_the_sample_of_the_maps_is_generated_by_the_embedded_model_of_the_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pages, "sample_frames", lambda model, records: asked.append(model))
+    monkeypatch.setattr("s2q.report.page.render_page", lambda content: "a page")
+    for source in ("shapes-wan-outliers", "acme/model"):
+        records = RunRecords(report=report(source=source))
+        EvaluationPage(path=tmp_path / "page.html", records=records).write(EVALUATION)
+    EvaluationPage(path=tmp_path / "page.html", records=RunRecords()).write(EVALUATION)
+    assert asked == ["shapes-wan-outliers"]
 
 
 def test_all_listeners_are_told():

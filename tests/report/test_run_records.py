@@ -31,7 +31,8 @@ def without(content, name):
 def selection(**changes):
     scores = dict.fromkeys(("diffusion_salience", "quantization_salience", "salience"), 0.5)
     candidates = [{"prompt": 0, "step": 0, "selected": True, **scores}]
-    return {"schema_version": 1, "selection": "sds", "prompts": ["a"], "candidates": candidates} | changes
+    fields = {"schema_version": 1, "selection": "sds", "prompts": ["a"], "seed": 0, "settings": {}}
+    return fields | {"candidates": candidates} | changes
 
 
 RECIPE = {"name": "s2q-w4a6", "loss": {"weighting": "attention"}}
@@ -97,6 +98,8 @@ def test_a_recipe_without_calibration_is_noted_once(tmp_path):
         ("selection", selection(schema_version=7), r"selection.json: schema_version=7; .* upgrade s2q"),
         ("selection", selection(candidates=[]), r"candidates is empty"),
         ("selection", selection(candidates=[{"prompt": 0}]), r"step is missing"),
+        ("selection", selection(prompts=[]), r"a candidate is of prompt 0, of 0"),
+        ("selection", without(selection(), "settings"), r"settings is missing"),
         ("recipe", {"description": "a"}, r"recipe.json: cannot be shown as a page: name is missing"),
     ],
 )

@@ -106,7 +106,7 @@ def evaluate(
         )
         result = _written(out, result, planned, report)
         if shown is not None:
-            shown.write(result, reference=theirs)
+            shown.write(result)
     output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
     console.say(f"written to {out if page is None else f'{out} and {page}'}")
     if not as_json:

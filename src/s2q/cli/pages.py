@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from s2q.generation.generate import Video
-    from s2q.models import ModelSource
     from s2q.report.page import PageContent
     from s2q.report.run_records import RunRecords
 
@@ -65,12 +64,13 @@ class EvaluationPage:
         elif video.prompt not in self.ours and self.theirs[video.prompt].seed == video.seed:
             self.ours[video.prompt] = video
 
-    def write(self, evaluation: Mapping[str, Any], *, reference: ModelSource) -> None:
-        """Write the page. The sample of the attention maps is generated again only with an embedded model."""
+    def write(self, evaluation: Mapping[str, Any]) -> None:
+        """Write the page. The sample of the attention maps is generated again if the run was of an embedded model."""
         from s2q.report.page import render_page
+        from s2q.shapes.embedded import EMBEDDED_NAMES
 
-        embedded = reference.kind == "embedded"
-        frames = sample_frames(reference.name, self.records) if embedded else None
+        source = (self.records.report or {}).get("source", "")
+        frames = sample_frames(source, self.records) if source in EMBEDDED_NAMES else None
         content = page_content(self.records, evaluation, pairs_of(self.theirs, self.ours), frames=frames)
         atomic_write_text(self.path, render_page(content))
 

@@ -141,6 +141,8 @@ def _check_attention(attention: Mapping[str, Any]) -> None:
 def _check_selection(content: Mapping[str, Any]) -> None:
     _need(content, "selection", str)
     _need(content, "prompts", list)
+    _need(content, "seed", int)
+    _need(content, "settings", dict)
     _need(content, "candidates", list)
     for candidate in content["candidates"]:
         for name in ("prompt", "step"):
@@ -150,6 +152,8 @@ def _check_selection(content: Mapping[str, Any]) -> None:
         _need(candidate, "selected", bool)
     if not content["candidates"]:
         raise ValueError("candidates is empty")
+    if (last := max(candidate["prompt"] for candidate in content["candidates"])) >= len(content["prompts"]):
+        raise ValueError(f"a candidate is of prompt {last}, of {len(content['prompts'])}")
 
 
 def _need(content: Any, name: str, kind: type | tuple[type, ...]) -> None:
