@@ -46,6 +46,14 @@ def commands(program):
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
 
 
+def test_the_page_of_published_models_lists_the_page_and_the_models_of_each_family():
+    listed = dict(re.findall(r"^- \[[^]]+\]\(models/([\w.-]+)\): (.*)$", PAGES[0].read_text(), flags=re.MULTILINE))
+    assert sorted(listed) == [page.name for page in PAGES[1:]]
+    for page in PAGES[1:]:
+        models = re.findall(r"^## (.*)$", page.read_text().partition("## Pipelines")[2], flags=re.MULTILINE)
+        assert listed[page.name] == ", ".join(models)
+
+
 def test_every_command_is_understood():
     typed = [words[1:] for words in commands("s2q")]
     read = [typer.main.get_command(app).commands[name].make_context(name, rest).params for name, *rest in typed]
