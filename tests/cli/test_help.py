@@ -1,5 +1,6 @@
 """Help texts, their examples, and the commands that each command names as the next."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -64,6 +65,23 @@ def test_full_precision_videos_are_followed_by_quantizing_and_those_of_a_checkpo
     ((name, given),) = said()
     assert name == "eval"
     assert given["model"] == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "source", "given"),
+    [
+        ("WanPipeline", "acme/model", ["--prompt", "TEXT"]),
+        ("WanImageToVideoPipeline", "acme/model", ["--prompts", "FILE.jsonl"]),
+        ("WanImageToVideoPipeline", "shapes-wan-i2v", ["--prompt", "TEXT"]),
+    ],
+)
+def test_a_checkpoint_whose_prompts_need_images_is_followed_by_a_file_of_prompts(tmp_path, pipeline, source, given):
+    (tmp_path / "s2q").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (tmp_path / "s2q/report.json").write_text(json.dumps({"schema_version": 1, "source": source}))
+    command = next_steps.generate_with(tmp_path)
+    assert command == ["generate", "-m", str(tmp_path), *given, "-o", "videos"]
+    assert understood(["s2q", *command])
 
 
 def test_an_evaluation_is_followed_by_videos_side_by_side_and_a_push(said, checkpoint):

@@ -18,8 +18,9 @@ def say_next(commands: Sequence[Sequence[str]]) -> None:
 
 
 def generate_with(model: str | Path, *, variant: str | None = None) -> list[str]:
-    """Return the command that generates a video."""
-    return ["generate", "-m", str(model), "--prompt", "TEXT", "-o", "videos", *_variant(variant)]
+    """Return the command that generates a video, of a file of prompts if each of them needs an image."""
+    prompt = ["--prompts", "FILE.jsonl"] if _needs_image(Path(model)) else ["--prompt", "TEXT"]
+    return ["generate", "-m", str(model), *prompt, "-o", "videos", *_variant(variant)]
 
 
 def evaluate_with(
@@ -102,6 +103,20 @@ def after_compare(result: Mapping[str, Any], out: Path) -> list[list[str]]:
         if path.exists() and not entry["error"] and "velocity_relative_error" in entry["metrics"]:
             errors[path] = entry["metrics"]["velocity_relative_error"]["mean"]
     return [generate_with(min(errors, key=lambda path: errors[path]))] if errors else []
+
+
+def _needs_image(folder: Path) -> bool:
+    """Whether prompts of a model on this machine need an image; one made from an embedded model draws its own."""
+    from s2q.common.files import read_json
+    from s2q.generation.defaults import embedded_source
+    from s2q.models import FAMILIES
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return False
+    known = {family.image_to_video.pipeline_class for family in FAMILIES.values() if family.image_to_video is not None}
+    name = read_json(index, remedy="copy the model again").get("_class_name")
+    return name in known and embedded_source(folder) is None
 
 
 def _variant(variant: str | None) -> list[str]:
