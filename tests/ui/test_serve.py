@@ -2,6 +2,8 @@
 
 import json
 import socket
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,3 +71,45 @@ def test_the_address_and_the_models_are_written_as_json(capsys, monkeypatch):
     assert run(["ui", "a", "-m", "b", "--json", "--device", "cpu"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content == {"schema_version": 1, "address": "http://127.0.0.1:7860/", "models": ["a", "b"]}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Let a function be what starts the page; the page says whether it was closed."""
+    page = SimpleNamespace(closed=False)
+    page.close = lambda verbose: setattr(page, "closed", True)
+
+    def launched_by(launch):
+        page.launch = launch
+        module = SimpleNamespace(STYLE="", theme=lambda: None, build_page=lambda offers, pipelines: page)
+        monkeypatch.setitem(sys.modules, "s2q.ui.page", module)
+        monkeypatch.setattr(serve, "offered", lambda models, checkpoints: [])
+        monkeypatch.setattr(serve, "is_installed", lambda name: True)
+        return page
+
+    return launched_by
+
+
+def test_a_server_that_gradio_cannot_reach_ends_with_exit_code_4(capsys, launched):
+    def unreachable(**options):
+        raise ValueError("When localhost is not accessible, a shareable link must be created.")
+
+    page = launched(unreachable)
+    code, line = refusal(capsys, "--port", "0")
+    assert code == 4
+    assert "localhost is not accessible" in line
+    assert "set NO_PROXY=127.0.0.1,localhost" in line
+    assert page.closed
+
+
+def test_a_missing_public_address_is_said_and_nothing_of_gradio_is_on_stdout(capsys, launched, caplog):
+    def without_tunnel(**options):
+        sys.stdout.write("Could not create share link.\n")
+        return None, "http://127.0.0.1:1/", None
+
+    launched(without_tunnel)
+    addresses = []
+    serve.serve(share=True, port=0, ready=lambda address, labels: addresses.append(address), until=lambda: True)
+    assert addresses == ["http://127.0.0.1:1/"]
+    assert "opened no public address; the page is at http://127.0.0.1:1/ only" in caplog.text
+    assert capsys.readouterr().out == ""

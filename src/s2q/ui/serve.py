@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from s2q.common.errors import BusyError, InvalidInputError, ResourceError
+from s2q.common.errors import BusyError, InvalidInputError, ResourceError, first_line
 from s2q.common.temporaries import scratch_folder
 from s2q.common.versions import is_installed
 from s2q.ui.offers import offered
@@ -49,7 +52,7 @@ def serve(
         until: Asked every now and then whether to stop.
 
     Raises:
-        ResourceError: If Gradio is not installed.
+        ResourceError: If Gradio is not installed, or cannot reach its own server.
         BusyError: If the port is in use.
         InvalidInputError: If the host is not this machine's, or a model cannot be offered.
     """
@@ -67,10 +70,22 @@ def serve(
         pipelines = Pipelines(folder, device=device, dtype=dtype, offload=offload, backend=backend)
         page = build_page(offers, pipelines)
         try:
+            options = {"server_name": host, "server_port": port, "share": share}
+            local, public = _launch(page, **options, theme=theme(), css=STYLE)
+            if share and public is None:
+                logger.warning("ui: Gradio opened no public address; the page is at %s only", local)
+            ready(public or local, [offer.label for offer in offers])
+            while not until():
+                time.sleep(0.2)
+        finally:
+            page.close(verbose=False)
+
+
+def _launch(page: Any, **options: Any) -> tuple[str, str | None]:
+    """Start the server; return its address and the public one. What Gradio prints goes to stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
             _, local, public = page.launch(
-                server_name=host,
-                server_port=port,
-                share=share,
                 quiet=True,
                 prevent_thread_lock=True,
                 inbrowser=False,
@@ -78,14 +93,13 @@ def serve(
                 ssr_mode=False,
                 enable_monitoring=False,
                 mcp_server=False,
-                theme=theme(),
-                css=STYLE,
+                **options,
             )
-            ready(public or local, [offer.label for offer in offers])
-            while not until():
-                time.sleep(0.2)
-        finally:
-            page.close(verbose=False)
+    except Exception as error:  # it asks its own server whether it is there; the HTTP client and each check differ
+        raise ResourceError(
+            f"ui: Gradio cannot serve the page ({first_line(error)}); with a proxy, set NO_PROXY=127.0.0.1,localhost"
+        ) from error
+    return local, public
 
 
 def free_port(host: str, port: int) -> int:
