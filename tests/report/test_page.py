@@ -124,7 +124,7 @@ def test_the_run_is_shown_with_its_selection_losses_and_stages():
         "as packed",
         "Attention mass on the top tokens",
         "Attention over frames",
-        "prompt 2, denoising step 5, unconditional branch",
+        "prompt 2, denoising step 5",
         "Planned and measured",
         "collect",
         "5 MB",
@@ -135,10 +135,21 @@ def test_the_run_is_shown_with_its_selection_losses_and_stages():
     assert len([svg for svg in page.all("svg") if svg.get("class") == "chart"]) == 7
 
 
-def test_the_map_names_prompt_and_step_of_its_sample():
-    selection = {"prompts": ["a", {"prompt": "a <red> circle"}], "settings": {"num_inference_steps": 9}}
-    shown = _map_sample(content(blocks=[{"name": "a", "loss": {}, "attention": attention()}], selection=selection))
-    assert shown == "“a <red> circle”, denoising step 5 of 9, unconditional branch of guidance"
+@pytest.mark.parametrize(
+    ("branch", "recorded", "shown"),
+    [
+        (0, {"guidance_branches": 2}, ", unconditional branch of guidance"),
+        (1, {"guidance_branches": 2}, ", conditional branch of guidance"),
+        (0, {"guidance_branches": 1}, ""),
+        (0, {}, ""),
+        (1, {}, ", conditional branch of guidance"),
+    ],
+)
+def test_the_map_names_prompt_and_step_of_its_sample_and_the_branch_of_two(branch, recorded, shown):
+    selection = {"prompts": ["a", {"prompt": "a <red> circle"}], "settings": {"num_inference_steps": 9}} | recorded
+    record = attention(sample=f"prompt 1, step 4, branch {branch}")
+    named = _map_sample(content(blocks=[{"name": "a", "loss": {}, "attention": record}], selection=selection))
+    assert named == f"“a <red> circle”, denoising step 5 of 9{shown}"
 
 
 def test_a_page_of_large_noisy_videos_stays_below_its_limit():

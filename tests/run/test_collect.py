@@ -103,3 +103,4 @@ def test_a_selection_without_scores_is_known_before_and_generates_no_further(sel
     assert all(steps[call.prompt] > call.step for call in samples.timesteps)
     assert sum(candidate["selected"] for candidate in samples.record["candidates"]) == 3
     assert len(samples.record["candidates"]) == sum(steps)
+    assert samples.record["guidance_branches"] == branches

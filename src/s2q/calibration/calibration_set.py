@@ -115,6 +115,7 @@ def _taken_from(
         "schema_version": SELECTION_VERSION,
         "selection": group.selection,
         "branches": group.branches,
+        "guidance_branches": branches,
         "prompts": list(map(prompt_record, inputs.prompts)),
         "seed": inputs.seed,
         "settings": inputs.settings.to_dict(),

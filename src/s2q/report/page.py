@@ -239,17 +239,19 @@ def _cards(
 
 
 def _map_sample(content: PageContent) -> str:
-    """Name the sample of the attention maps: prompt, denoising step and guidance branch."""
+    """Name the sample of the attention maps: prompt, denoising step, and guidance branch where there are two."""
     sample = attention_charts.map_sample(content.blocks)
     if sample is None:
         return ""
     prompt, step, branch = sample
     selection = content.selection or {}
-    prompts, branches = selection.get("prompts", ()), "conditional" if branch else "unconditional"
+    prompts, steps = selection.get("prompts", ()), (selection.get("settings") or {}).get("num_inference_steps")
     text = prompts[prompt] if prompt < len(prompts) else None
     named = f"“{text['prompt'] if isinstance(text, Mapping) else text}”" if text else f"prompt {prompt + 1}"
-    steps = (selection.get("settings") or {}).get("num_inference_steps")
-    return f"{named}, denoising step {step + 1}{f' of {steps}' if steps else ''}, {branches} branch of guidance"
+    of_guidance = ""
+    if branch or selection.get("guidance_branches", 1) > 1:  # earlier records do not say of the first branch
+        of_guidance = f", {'conditional' if branch else 'unconditional'} branch of guidance"
+    return f"{named}, denoising step {step + 1}{f' of {steps}' if steps else ''}{of_guidance}"
 
 
 def _sample(evaluation: Mapping[str, Any]) -> str:
