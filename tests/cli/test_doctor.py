@@ -118,7 +118,9 @@ def test_json_before_a_command_is_refused(capsys):
 
 def test_a_shell_completes_commands_and_options_without_torch():
     command = [sys.executable, "-X", "importtime", "-m", "s2q"]
-    script = subprocess.run([*command, "--show-completion", "bash"], capture_output=True, text=True, check=True).stdout
+    named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # make runs the tests in sh
+    shown = [*command, "--show-completion", "bash"]
+    script = subprocess.run(shown, env=named, capture_output=True, text=True, check=True).stdout
     assert "_S2Q_COMPLETE=complete_bash" in script
     for words, index, expected in (("s2q qu", "1", {"quantize"}), ("s2q doctor --de", "2", {"--device"})):
         environment = {**os.environ, "_S2Q_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": index}

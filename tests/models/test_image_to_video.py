@@ -77,13 +77,14 @@ def test_from_plan_to_video(model, tmp_path, overrides):
     assert not torch.equal(generated(loaded, "blue"), found)
 
 
-CALIBRATION = ["n_prompts=2", "samples=2", "steps=3", "num_frames=9"]
-OVERRIDES = [*(f"calibration.{text}" for text in CALIBRATION), "distillation.epochs=1"]
+CALIBRATION = ["n_prompts=2", "samples=2", "steps=3"]
+FEW = [*(f"calibration.{text}" for text in CALIBRATION), "distillation.epochs=1"]
+OVERRIDES = [*FEW, "calibration.num_frames=9"]
 
 
 def size_of(pipe):
     size = video_size(pipe)
-    return [f"calibration.{side}={size[side]}" for side in ("height", "width")], size
+    return [f"calibration.{name}={value}" for name, value in size.items()], size
 
 
 def file_of(folder, *texts, pipe=None):
@@ -127,7 +128,7 @@ def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
     pipe.save_pretrained(tmp_path / "model")
     prompts = read_prompts(file_of(tmp_path, "a red one", "a blue one", pipe=pipe))
     report = s2q.quantize(
-        tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "out", prompts=prompts, overrides=[*OVERRIDES, *overrides]
+        tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "out", prompts=prompts, overrides=[*FEW, *overrides]
     )
     assert report.n_prompts == 2
     selection = json.loads((tmp_path / "out/s2q/selection.json").read_text())
@@ -188,7 +189,7 @@ def test_a_plan_counts_the_tokens_of_the_image_and_measures_with_one(model, caps
     planned = plan(str(model), recipe="s2q-w4a6", overrides=size_of(pipe)[0])
     assert planned.calibration.image_tokens == (257 if has_tokens else 0)
     assert planned.calibration.step_bytes > 0
-    overrides = [argument for text in [*OVERRIDES, *size_of(pipe)[0]] for argument in ("--set", text)]
+    overrides = [argument for text in [*FEW, *size_of(pipe)[0]] for argument in ("--set", text)]
     assert run(["plan", "-m", str(model), "-r", "s2q-w4a6", "--measure", "--device", "cpu", *overrides]) == 0
     assert (", 257 image and 512 text tokens" in capsys.readouterr().out) == has_tokens
 
