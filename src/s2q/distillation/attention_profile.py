@@ -66,9 +66,10 @@ class ImportanceMap:
         shape = grid.frames, grid.height, grid.width
         count = min(MOST_FRAMES, grid.frames)
         frames = [round(index * (grid.frames - 1) / max(1, count - 1)) for index in range(count)]
-        cells = (sums / sums.mean().clamp_min(torch.finfo(torch.float32).tiny)).float().view(shape)[frames]
+        relative = sums / sums.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        cells = relative.float().cpu().view(shape)[frames]
         rows, columns = (min(MOST_ROWS, size) for size in shape[1:])
-        values = F.adaptive_avg_pool2d(cells[:, None].cpu(), (rows, columns))[:, 0]
+        values = F.adaptive_avg_pool2d(cells[:, None], (rows, columns))[:, 0]
         return cls(grid=shape, frames=tuple(frames), values=values, sample=sample)
 
     def to_dict(self) -> dict[str, Any]:
