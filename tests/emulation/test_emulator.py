@@ -52,6 +52,14 @@ def test_indices_of_the_other_gpu_are_refused():
         torch.ones(3, device="cuda:0")[torch.tensor([0], device="cuda:1")]
 
 
+def test_a_list_is_an_index_on_the_device():
+    values = torch.arange(12.0).view(3, 4)
+    on_device = values.to("cuda:1")
+    assert torch.equal(on_device[:, [0, -1]].cpu(), values[:, [0, -1]])
+    on_device[[0, 2]] = 5.0
+    assert on_device.cpu()[:, 0].tolist() == [5.0, 4.0, 5.0]
+
+
 def test_cuda_without_a_number_is_the_current_device():
     with torch.cuda.device(1):
         assert torch.ones(2, device="cuda").device == torch.device("cuda:1")

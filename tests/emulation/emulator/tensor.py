@@ -310,6 +310,8 @@ class _Functions(TorchFunctionMode):
             return args[0].cpu().tolist()
         elif func is torch.Tensor.new_tensor and is_emulated(args[0]) and "device" not in (kwargs or {}):
             return torch.tensor(args[1], **{"dtype": args[0].dtype, **(kwargs or {})}).to(args[0].device)
+        elif func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and is_emulated(args[0]):
+            args = (args[0], _index_on(args[0].device, args[1]), *args[2:])
         elif getattr(func, "__name__", "") == "__set__" and func == torch.Tensor.data.__set__:
             return _set_data(*args)
         if kwargs is None:
@@ -317,6 +319,13 @@ class _Functions(TorchFunctionMode):
         if (generator := kwargs.get("generator")) is not None:
             _check_generator(func, args, kwargs, generator)
         return func(*args, **kwargs)
+
+
+def _index_on(device: torch.device, index: Any) -> Any:
+    """Return an index whose lists are tensors on the device, as PyTorch makes them below the dispatcher."""
+    if isinstance(index, list):
+        return torch.tensor(index).to(device)
+    return tuple(_index_on(device, part) for part in index) if isinstance(index, tuple) else index
 
 
 def _check_generator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator) -> None:
