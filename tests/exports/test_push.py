@@ -194,7 +194,7 @@ def test_the_card_has_the_id_the_measured_table_and_the_videos(hub, checkpoint, 
     assert "base_model" not in fields  # the tiny model is a folder
     card = huggingface_hub.ModelCard(text)
     card.validate()
-    assert card.data.library_name == "diffusers"
+    assert card.data.to_dict()["library_name"] == "diffusers"
 
 
 def test_measured_again_replaces_the_table(measured, checkpoint):
