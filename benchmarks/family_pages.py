@@ -45,7 +45,7 @@ def sizes_and_times_table(page: str) -> str:
             sizes.append(table_row(entry["title"], ["run `s2q plan`", *[""] * 4]))
             continue
         storage = [plan_of(name, recipe).storage for recipe in RECIPES]
-        taken = [storage[0]["full_precision_bytes"], *(one["quantized_bytes"] for one in storage)]
+        taken = [storage[0]["full_precision_bytes"], *(sizes["quantized_bytes"] for sizes in storage)]
         cells = [f"{size / GIB:.2f} GiB" for size in taken]
         cells += [planned_peak(plan_of(name, RECIPES[0], memory=memory)) for memory in GPUS]
         sizes.append(table_row(entry["title"], cells))

@@ -194,7 +194,7 @@ def image_to_video_of(name: str) -> ImageToVideo | None:
     """Return what is known of a model's pipeline if that takes an image; None for text to video."""
     pipeline = published_models()[name]["pipeline"]
     known = (family.image_to_video for family in FAMILIES.values())
-    return next((one for one in known if one is not None and one.pipeline_class == pipeline), None)
+    return next((way for way in known if way is not None and way.pipeline_class == pipeline), None)
 
 
 def generation_options(name: str) -> str:
@@ -214,12 +214,12 @@ def _broken(*parts: str) -> str:
 def python_of(name: str) -> str:
     """Return the Python that loads and runs the checkpoint of a model of `published.yaml`."""
     entry, known = published_models()[name], image_to_video_of(name)
-    (family,) = (one for one in FAMILIES.values() if entry["pipeline"] == one.pipeline_class)
+    (family,) = (family for family in FAMILIES.values() if entry["pipeline"] == family.pipeline_class)
     call = {family.frames_argument if key == "num_frames" else key: value for key, value in entry["call"].items()}
     files: tuple[str, ...] = ()
     if known is not None:
         files = ('image=load_image("image.png")', *(f'{video}=load_video("{video}.mp4")' for video in known.videos))
-    loaders = "".join(f", {loader}" for loader in ("load_image", "load_video") if any(loader in one for one in files))
+    loaders = "".join(f", {loader}" for loader in ("load_image", "load_video") if any(loader in text for text in files))
     subject = 'prompt="a man waves"' if files else '"a cat walking over wet grass"'
     arguments = "".join(
         f"    {text},\n" for text in (subject, *files, *(f"{key}={value}" for key, value in call.items()))

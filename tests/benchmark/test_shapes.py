@@ -52,8 +52,8 @@ def test_a_shape_of_several_models_is_measured_once():
     assert {"cogvideox-5b ff.net.0.proj", "hunyuanvideo proj_mlp"} <= set(shared.layers)
     attentions = attention_shapes(models, rows=256)
     assert len(attentions) == 8
-    assert (256, 28, 64) in {(one.tokens, one.heads, one.head_dim) for one in attentions}, "of Kandinsky 5"
-    assert not any("sana-video-2b" in one.models for one in attentions), "whose attention is linear"
+    assert (256, 28, 64) in {(shape.tokens, shape.heads, shape.head_dim) for shape in attentions}, "of Kandinsky 5"
+    assert not any("sana-video-2b" in shape.models for shape in attentions), "whose attention is linear"
 
 
 def test_shapes_of_a_pipeline_are_those_of_its_layers(folder):

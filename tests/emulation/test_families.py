@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_every_family_is_tested():
-    of_text = (one for one in FAMILIES.values() if not (one.image_to_video and one.image_to_video.videos))
+    of_text = (family for family in FAMILIES.values() if not (family.image_to_video and family.image_to_video.videos))
     assert {family.name for family in of_text} <= set(runs.MODELS)
 
 

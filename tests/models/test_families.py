@@ -230,7 +230,7 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
     family = family_of(loaded.transformer)
     untouched = {name for name in linears if name in family.latent_linears or _is_kept(name, family)}
-    adaptive = {one.name for one in block_linears(loaded.transformer, family) if one.role == "modulation"}
+    adaptive = {linear.name for linear in block_linears(loaded.transformer, family) if linear.role == "modulation"}
     assert linears - packed == untouched | {name for name in linears - adaptive if kept & set(name.split("."))}
     state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]

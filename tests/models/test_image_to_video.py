@@ -93,7 +93,9 @@ def file_of(folder, *texts, pipe=None):
     for index, prompt in enumerate(image_prompts(*texts, pipe=pipe)):
         prompt["image"].save(folder / f"{index}.png")
         for name in prompt.keys() & set(VIDEOS):
-            (folder / f"{index}-{name}.mp4").write_bytes(encode_mp4(np.stack([np.array(one) for one in prompt[name]])))
+            (folder / f"{index}-{name}.mp4").write_bytes(
+                encode_mp4(np.stack([np.array(frame) for frame in prompt[name]]))
+            )
             prompt[name] = f"{index}-{name}.mp4"
         lines.append(json.dumps(prompt | {"image": f"{index}.png"}))
     path = folder / "prompts.jsonl"

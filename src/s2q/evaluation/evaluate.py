@@ -106,7 +106,7 @@ def evaluate(
         sensitivity: Number of prompts to measure each kind of linears alone on.
         workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`.
         offload: What a GPU that is too small for a model by name has of it; see `s2q.load`.
-        video_done: Called with the label of a model and each of its videos as it is generated.
+        video_done: Gets the label of a model and each video when it is generated.
 
     Returns:
         The content of `eval.json`; see `summarise` and, for `sensitivity`, `summarise_kinds`.

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 VideoDone = Callable[[str, Video], None]
-"""Called with the label of a model (`model_label`) and each of its videos as it is generated."""
+"""A callback: it gets the label of a model (`model_label`) and a generated video."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def serve(
     Args:
         checkpoints: s2q checkpoints to offer, by folder or Hub id.
         models: Full-precision models to offer; see `offered`.
-        host: Address to listen on; others than this machine's own let other machines in.
+        host: Address to listen on; 0.0.0.0 admits other machines.
         port: Port to listen on; 0 takes a free one.
         share: Whether Gradio opens a tunnel, with a public address, to the page.
         ready: Called with the address and the names of the offered models when the page is there.
