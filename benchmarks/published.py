@@ -193,8 +193,7 @@ def commands_of(name: str) -> str:
 def image_to_video_of(name: str) -> ImageToVideo | None:
     """Return what is known of a model's pipeline if that takes an image; None for text to video."""
     pipeline = published_models()[name]["pipeline"]
-    known = (family.image_to_video for family in FAMILIES.values())
-    return next((way for way in known if way is not None and way.pipeline_class == pipeline), None)
+    return next(filter(None, (family.image_pipeline([pipeline]) for family in FAMILIES.values())), None)
 
 
 def generation_options(name: str) -> str:

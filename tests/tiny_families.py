@@ -154,29 +154,23 @@ def _qwen_and_clip(seed: int) -> dict[str, Any]:
     }
 
 
+_GEMMA = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+
+
 def _gemma(_seed: int) -> dict[str, Any]:
-    config = t.Gemma2Config(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-    )
-    return {"tokenizer": tokenizer(), "text_encoder": t.Gemma2Model(config)}
+    return {"tokenizer": tokenizer(), "text_encoder": t.Gemma2Model(t.Gemma2Config(**_GEMMA))}
 
 
 def _gemma_and_sound(_seed: int) -> dict[str, Any]:
-    text = t.Gemma3TextConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-    )
+    text = t.Gemma3TextConfig(**_GEMMA)
     vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4}
     gemma = t.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 8})
     connector = {"num_attention_heads": 4, "num_layers": 1, "num_learnable_registers": 8}

@@ -48,6 +48,10 @@ def test_checkpoints_are_offered_with_the_given_model_or_the_embedded_one_that_t
     assert found[:3] == ["shapes-cogvideox", str(embedded_checkpoint), "shapes-cogvideox, table-w4a8"]
 
 
+def test_a_checkpoint_given_twice_is_offered_once(checkpoint, tiny_model):
+    assert len(offered(models=[tiny_model], checkpoints=[checkpoint, f"{checkpoint}/"])) == 2
+
+
 def test_what_cannot_be_offered_is_refused_with_its_remedy(checkpoint, tiny_model, tmp_path):
     with pytest.raises(InvalidInputError, match="is not an s2q checkpoint; pass a full-precision model with -m"):
         offered(checkpoints=[tiny_model])

@@ -114,9 +114,8 @@ def _needs_image(folder: Path) -> bool:
     index = folder / "model_index.json"
     if not index.is_file():
         return False
-    known = {family.image_to_video.pipeline_class for family in FAMILIES.values() if family.image_to_video is not None}
     name = read_json(index, remedy="copy the model again").get("_class_name")
-    return name in known and embedded_source(folder) is None
+    return any(family.image_pipeline([name]) for family in FAMILIES.values()) and embedded_source(folder) is None
 
 
 def _variant(variant: str | None) -> list[str]:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 def image_to_video(pipe: Any) -> ImageToVideo | None:
     """Return what is known of a pipeline of its family that takes an image; None for any other pipeline."""
-    known = family_of(pipe.transformer).image_to_video
-    return known if known is not None and known.pipeline_class in _class_names(pipe) else None
+    return family_of(pipe.transformer).image_pipeline(_class_names(pipe))
 
 
 def is_supported(pipe: Any) -> bool:

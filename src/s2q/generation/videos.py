@@ -51,7 +51,7 @@ class ConditioningVideo:
         assert count <= self.count, "check_prompts refuses a video that is too short"
         if isinstance(self.source, tuple):
             return list(self.source[:count])
-        return list(itertools.islice(_decoded(self.source), count))
+        return [_image(size, frame) for size, frame in itertools.islice(_decoded(self.source), count)]
 
 
 def still(image: Image.Image) -> ConditioningVideo:
@@ -110,10 +110,15 @@ def _count(content: bytes) -> int:
     return sum(1 for _ in itertools.islice(_decoded(content), _MAX_FRAMES))
 
 
-def _decoded(content: bytes) -> Iterator[Image.Image]:
-    """Decode a file frame by frame; nothing of one that is no video."""
-    import imageio_ffmpeg
+def _image(size: tuple[int, int], frame: bytes) -> Image.Image:
     from PIL import Image
+
+    return Image.frombytes("RGB", size, frame)
+
+
+def _decoded(content: bytes) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Decode a file frame by frame, each as width and height and its RGB bytes; nothing of one that is no video."""
+    import imageio_ffmpeg
 
     formats = ",".join(FORMATS.values())
     with scratch_folder("conditioning") as folder:
@@ -125,7 +130,7 @@ def _decoded(content: bytes) -> Iterator[Image.Image]:
         try:
             size = next(reader)["size"]
             for frame in reader:
-                yield Image.frombytes("RGB", size, frame)
+                yield size, frame
         except (OSError, RuntimeError, IndexError, ValueError, KeyError):
             return
         finally:

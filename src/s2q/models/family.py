@@ -4,7 +4,7 @@ Linears are found by the prefix of a block list and never by name alone: other p
 the same names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,6 +134,11 @@ class Family:
     timestep_arguments: tuple[str, ...] = ()
     latent_linears: tuple[str, ...] = ("patch_embed.proj", "proj_in", "proj_out")
     timestep_embeddings: tuple[tuple[str, str, float | None], ...] = ()
+
+    def image_pipeline(self, classes: Collection[str]) -> ImageToVideo | None:
+        """Return what is known of the pipeline that takes an image, if its class is among some names."""
+        known = self.image_to_video
+        return known if known is not None and known.pipeline_class in classes else None
 
     def streams_of(self, block_name: str) -> tuple[str, ...]:
         """Return the streams of a block by its full name in the transformer."""

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from s2q.common.cards import files_and_base
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError, first_line, unknown_name
 from s2q.common.files import atomic_write_json
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from s2q.models.source import ModelSource
 
 EXPECTED = "FILE.safetensors@BASE, BASE the diffusers pipeline (folder or Hub id) with the other components"
-_GIVEN = re.compile(r"(?P<files>.+\.safetensors)@(?P<base>[^@].*)")
 _FURTHER = re.compile(r",(?P<component>[A-Za-z]\w*)=")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -45,10 +45,10 @@ def parse_originals(text: str) -> tuple[dict[str, Path], str] | None:
     Raises:
         InvalidInputError: If a file does not exist, is for a component that no pipeline has, or is the second for one.
     """
-    match = None if Path(text).expanduser().exists() else _GIVEN.fullmatch(text)
-    if match is None:
+    listed, base = (None, text) if Path(text).expanduser().exists() else files_and_base(text)
+    if listed is None or not base:
         return None
-    first, *further = _FURTHER.split(match["files"])
+    first, *further = _FURTHER.split(listed)
     alone = re.match(r"(?P<component>transformer\w*)=", first)
     start = (TRANSFORMERS[0], first) if alone is None else (alone["component"], first[alone.end() :])
     files: dict[str, Path] = {}
@@ -61,7 +61,7 @@ def parse_originals(text: str) -> tuple[dict[str, Path], str] | None:
         if not path.is_file():
             raise InvalidInputError(f"{name}: no such file; expected {EXPECTED}")
         files[component] = path
-    return files, match["base"]
+    return files, base
 
 
 def file_alone(path: Path) -> InvalidInputError:

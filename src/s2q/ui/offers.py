@@ -50,7 +50,7 @@ def offered(models: Sequence[str | Path] = (), checkpoints: Sequence[str | Path]
         InvalidInputError: If a model is unknown or needs more than a prompt and an image, or if a checkpoint is none,
             is damaged, or was made from none of `models`.
     """
-    quantized = [_checkpoint(path) for path in checkpoints]
+    quantized = list({offer.source.pinned: offer for offer in map(_checkpoint, checkpoints)}.values())
     sources = [resolve_model(model) for model in models] or _origins(quantized)
     if not (sources or quantized):
         sources = [resolve_model(name) for name in embedded.EMBEDDED_NAMES]
@@ -142,8 +142,8 @@ def _offer(source: ModelSource, *, label: str, recipe: str | None = None) -> Off
 def _needs_image(source: ModelSource, *, label: str) -> bool:
     """Whether videos start from an image; refuses a pipeline that needs what the page has no fields for."""
     family, bases = family_of(source.transformer_class), {base.__name__ for base in source.pipeline_type().__mro__}
-    known = family.image_to_video
-    if known is None or known.pipeline_class not in bases:
+    known = family.image_pipeline(bases)
+    if known is None:
         if family.pipeline_class in bases:
             return False
         raise InvalidInputError(
