@@ -96,6 +96,8 @@ class Family:
             these embeddings, each the names of a projection and of the module that reads it, and the constant that is
             embedded, or None for the timestep. A transformer may lack some.
         image_to_video: Its image-to-video pipeline, if calibration and evaluation run it.
+        original_names: Names in the original layout that the converter of diffusers 0.42 does not know: patterns with
+            their replacements.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
         timestep_arguments: What the pipeline passes to the scheduler's `set_timesteps` besides the number of steps.
     """
@@ -129,6 +131,7 @@ class Family:
     takes_batches: bool = True
     draws_noise: bool = False
     image_to_video: ImageToVideo | None = None
+    original_names: tuple[tuple[str, str], ...] = ()
     decodes_batches: bool = True
     kept_linears: tuple[str, ...] = ()
     timestep_arguments: tuple[str, ...] = ()

@@ -57,4 +57,5 @@ LTX2 = Family(
     frame_rate=24,
     timestep_arguments=("sigmas", "mu"),
     latent_linears=("proj_in", "proj_out", "audio_proj_in", "audio_proj_out"),
+    original_names=((r"^(audio_)?prompt_adaln_single\.", r"\1prompt_adaln."),),  # of 2.3
 )

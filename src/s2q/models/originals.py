@@ -35,8 +35,6 @@ _FURTHER = re.compile(r",(?P<component>[A-Za-z]\w*)=")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _SHOWN, _INDEX = 3, "model_index.json"
-_RENAMED = {"LTX2VideoTransformer3DModel": (r"^(audio_)?prompt_adaln_single\.", r"\1prompt_adaln.")}
-"""Names of LTX-2.3 that the converter of diffusers 0.42 does not know."""
 
 
 def parse_originals(text: str) -> tuple[dict[str, Path], str] | None:
@@ -206,11 +204,13 @@ def from_original(
 
 def _by_diffusers_names(path: Path, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
     """The tensors of a transformer by the names of diffusers, without those that its class ignores."""
+    from s2q.models import family_of
+
     prefix, class_name = _prefix_of(tensors), type(transformer).__name__
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if not transformer.state_dict().keys() <= named.keys():
-        if class_name in _RENAMED:
-            named = {re.sub(*_RENAMED[class_name], name): tensor for name, tensor in named.items()}
+        for pattern, replacement in family_of(class_name).original_names:
+            named = {re.sub(pattern, replacement, name): tensor for name, tensor in named.items()}
         try:
             named = from_original(class_name, named)
         except Exception as error:  # the converter takes a stranger's names
