@@ -26,6 +26,7 @@ from s2q.common.files import atomic_write_json
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.headers import DTYPES, TensorInfo, read_header
 from s2q.common.temporaries import scratch_folder
+from s2q.models.families import family_of
 
 if TYPE_CHECKING:
     from s2q.models.source import ModelSource
@@ -204,8 +205,6 @@ def from_original(
 
 def _by_diffusers_names(path: Path, tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
     """The tensors of a transformer by the names of diffusers, without those that its class ignores."""
-    from s2q.models import family_of
-
     prefix, class_name = _prefix_of(tensors), type(transformer).__name__
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if not transformer.state_dict().keys() <= named.keys():
