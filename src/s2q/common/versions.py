@@ -1,5 +1,6 @@
 """Versions of the software that decides a result."""
 
+import functools
 import platform
 from importlib import metadata
 
@@ -19,6 +20,12 @@ def is_installed(package: str) -> bool:
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return _installed_version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def _installed_version(package: str) -> str:
+    """Read once: it parses a whole file. A package that is not installed may be installed later."""
+    return metadata.version(package)
