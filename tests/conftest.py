@@ -11,6 +11,7 @@ import logging
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
+import types
 
 import pytest
 
@@ -72,20 +73,29 @@ def own_logging():
 def quick_runs():
     """No file is flushed to the disk, no selection is drawn, and HunyuanVideo 1.5 pads its texts to 450 tokens.
 
-    Together these are half the time of a run on a tiny model. The published pipeline pads to 1,985 tokens.
+    Together these are half the time of a run on a tiny model. The published pipeline pads to 1,985 tokens. PNGs are
+    compressed quickly, and tiny models that nothing refers to wait for the next collection.
     """
     from diffusers import HunyuanVideo15Pipeline
+    from PIL import Image
 
     from s2q.calibration import calibration_set
+    from s2q.common import devices
 
-    initialize = HunyuanVideo15Pipeline.__init__
+    initialize, save = HunyuanVideo15Pipeline.__init__, Image.Image.save
 
     def with_short_texts(pipe, *args, **kwargs):
         initialize(pipe, *args, **kwargs)
         pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 400, 30, 20
 
+    def save_quickly(image, *args, optimize=False, **kwargs):
+        save(image, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(Image.Image, "save", save_quickly)
+        if not torch.cuda.is_available():
+            patch.setattr(devices, "gc", types.SimpleNamespace(collect=lambda: None))
         patch.setattr(calibration_set, "selection_plot", lambda record: b"\x89PNG not drawn in tests")
         patch.setattr(HunyuanVideo15Pipeline, "__init__", functools.wraps(initialize)(with_short_texts))
         yield
@@ -114,18 +124,30 @@ class ForkedContext(multiprocessing.context.ForkServerContext):
         return child
 
 
-@pytest.fixture(scope="module")
-def forked_workers():
-    """Workers start at once; imports take seconds otherwise. Those of tests/engines and tests/faults are spawned."""
-    from s2q.engines import processes
-
+@pytest.fixture(scope="session")
+def server_of_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
         multiprocessing.forkserver.set_forkserver_preload(["worker_imports"])
         multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(scope="module")
+def forked_workers(server_of_workers):
+    """Workers start at once; imports take seconds otherwise. Some of tests/engines and tests/faults are spawned."""
+    from s2q.engines import processes
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_SpawnContext", ForkedContext)
         yield
+
+
+@pytest.fixture
+def forked(server_of_workers, monkeypatch):
+    """The workers that one test starts are forked."""
+    from s2q.engines import processes
+
+    monkeypatch.setattr(processes, "_SpawnContext", ForkedContext)
 
 
 @pytest.fixture
@@ -165,4 +187,4 @@ def no_encoding(monkeypatch):
     """Write empty videos: to start an encoder for each takes longer than all the rest."""
     monkeypatch.setattr("s2q.report.video.encode_mp4", lambda frames, **_: b"")
     for module in ("s2q.comparison.pages", "s2q.report.video"):
-        monkeypatch.setattr(f"{module}.write_mp4", lambda path, frames, fps: path.write_bytes(b""))
+        monkeypatch.setattr(f"{module}.write_mp4", lambda path, frames, fps=None: path.write_bytes(b""))

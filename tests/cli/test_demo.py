@@ -4,7 +4,7 @@ from s2q.cli import run
 from s2q.engines import options
 
 
-def test_the_demo_quantizes_evaluates_and_writes_its_page(embedded_tiny, tmp_path, capsys, monkeypatch):
+def test_the_demo_quantizes_evaluates_and_writes_its_page(embedded_tiny, request, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(options, "cpu_count", lambda: 1)  # others would not know of `embedded_tiny`
     out = tmp_path / "demo"
     assert run(["demo", "-o", str(out), "--short", "--no-open", "--json"]) == 0, capsys.readouterr().err
@@ -43,6 +43,7 @@ def test_the_demo_quantizes_evaluates_and_writes_its_page(embedded_tiny, tmp_pat
 
     assert run(["demo", "-o", str(out), "--short", "--no-open"]) == 3
     assert "pass --overwrite" in capsys.readouterr().err
+    request.getfixturevalue("no_encoding")
     assert run(["demo", "-o", str(out), "--short", "--no-open", "--overwrite"]) == 0
     shown = capsys.readouterr().out
     for expected in ("times smaller", "PSNR", "Velocity error", "Adherence", "report.html"):

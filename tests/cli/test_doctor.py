@@ -1,5 +1,6 @@
 """`s2q doctor`, the versions and shell completion."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,12 +16,24 @@ from s2q.cli import run
 from s2q.ops import fused, level_values
 
 
+@pytest.fixture
+def tested_once(monkeypatch):
+    """The self-tests of a device run in its first diagnosis of a test; they take a second."""
+    monkeypatch.setattr(diagnosis, "self_tests", functools.cache(diagnosis.self_tests))
+
+
+@pytest.fixture
+def untested(monkeypatch):
+    """No self-tests."""
+    monkeypatch.setattr(diagnosis, "self_tests", lambda device: [])
+
+
 def diagnosed(capsys, *arguments, code=0):
     assert run(["doctor", *arguments, "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
 
-def test_doctor_shows_devices_backends_versions_and_needs(capsys):
+def test_doctor_shows_devices_backends_versions_and_needs(tested_once, capsys):
     content = diagnosed(capsys, "--device", "cpu")
     assert (content["schema_version"], content["passed"]) == (1, True)
     (device,) = content["devices"]
@@ -51,8 +64,7 @@ def test_a_failed_self_test_ends_with_exit_code_1_and_names_it(capsys, monkeypat
     assert len(captured.err.splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_what_is_missing_is_listed_with_its_remedy(capsys, monkeypatch):
+def test_what_is_missing_is_listed_with_its_remedy(untested, capsys, monkeypatch):
     def missing():
         raise RuntimeError("No ffmpeg exe could be found")
 
@@ -76,7 +88,7 @@ def test_what_is_missing_is_listed_with_its_remedy(capsys, monkeypatch):
     assert diagnosis.NEEDS["CUDA"].obstacle() == "PyTorch finds no GPU with CUDA_VISIBLE_DEVICES="
 
 
-def test_nothing_is_missing_where_all_is_installed_and_no_gpu_needs_triton(capsys, monkeypatch):
+def test_nothing_is_missing_where_all_is_installed_and_no_gpu_needs_triton(untested, capsys, monkeypatch):
     monkeypatch.setattr(fused, "compiled", lambda: (None, None))
     monkeypatch.setattr(diagnosis, "is_installed", lambda name: name != "triton")
     monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)

@@ -56,14 +56,14 @@ def test_results_messages_and_logs_come_from_every_task(two_workers, caplog):
     assert os.getpid() not in {pid for *_, pid in found.values()}
 
 
-def test_closing_an_engine_ends_its_processes():
+def test_closing_an_engine_ends_its_processes(forked):
     with process_engine("cpu") as engine:
         ((_, (*_, pid)),) = engine.map(process_tasks.describe, "a")
         assert lives(pid)
     assert ends(pid)
 
 
-def test_tasks_are_drawn_when_a_process_is_free():
+def test_tasks_are_drawn_when_a_process_is_free(forked):
     drawn = []
 
     def tasks():
@@ -90,7 +90,7 @@ def test_tasks_are_drawn_when_a_process_is_free():
         ("defect", ZeroDivisionError, "by zero"),
     ],
 )
-def test_a_task_that_fails_ends_all_processes(task, error, message):
+def test_a_task_that_fails_ends_all_processes(forked, task, error, message):
     pids = []
     with process_engine("cpu", "cpu") as engine, pytest.raises(error, match=message):
         for _ in engine.map(process_tasks.end, ["sleep", task], on_message=pids.append):
@@ -98,7 +98,7 @@ def test_a_task_that_fails_ends_all_processes(task, error, message):
     assert all(ends(pid) for pid in pids)
 
 
-def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(tmp_path, caplog):
+def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(forked, tmp_path, caplog):
     tasks = [(None, "a"), (tmp_path / "killed", "b"), (None, "c")]
     with process_engine("cpu", "cpu") as engine:
         results = dict(engine.map(process_tasks.end_once, tasks))
@@ -108,7 +108,7 @@ def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(tmp_path, ca
         assert len(dict(engine.map(process_tasks.describe, "abc"))) == 3, "the engine has all its workers again"
 
 
-def test_a_worker_that_dies_while_it_waits_is_replaced(caplog):
+def test_a_worker_that_dies_while_it_waits_is_replaced(forked, caplog):
     with contextlib.closing(ProcessEngine(["cpu"])) as engine:
         ((_, (_, _, _, pid)),) = engine.map(process_tasks.describe, "a")
         os.kill(pid, signal.SIGKILL)
@@ -138,7 +138,7 @@ def test_a_worker_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch,
     assert engine.retries == [], "no task was lost"
 
 
-def test_a_result_cut_off_by_the_death_of_its_worker_is_computed_again(tmp_path):
+def test_a_result_cut_off_by_the_death_of_its_worker_is_computed_again(forked, tmp_path):
     with process_engine("cpu") as engine:
         assert list(engine.map(process_tasks.cut_off_once, [tmp_path / "cut off"])) == [(0, "whole")]
     assert [retry.task for retry in engine.retries] == [0]
@@ -194,7 +194,7 @@ def test_workers_that_started_end_when_another_cannot_start():
     assert [slot.alive for slot in started] == [False]
 
 
-def test_closing_the_generator_ends_the_processes():
+def test_closing_the_generator_ends_the_processes(forked):
     pids = []
 
     class EnoughError(Exception):
@@ -224,7 +224,7 @@ def test_processes_end_when_their_parent_is_killed_and_a_script_needs_no_guard()
     assert ends(pid)
 
 
-def test_work_that_a_process_cannot_load_is_named(monkeypatch):
+def test_work_that_a_process_cannot_load_is_named(forked, monkeypatch):
     class Mine:
         def __call__(self, task, worker): ...
 
@@ -246,7 +246,7 @@ def test_a_worker_makes_its_device_the_current_one(monkeypatch, device, expected
     assert chosen == expected
 
 
-def test_a_process_that_dies_ends_the_run_of_its_own_thread_only():
+def test_a_process_that_dies_ends_the_run_of_its_own_thread_only(forked):
     def run(tasks):
         with process_engine("cpu") as engine:
             return [result for _, result in engine.map(process_tasks.end_or_wait, tasks)]
