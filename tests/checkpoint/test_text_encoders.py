@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import s2q
+from quick import quick
 from s2q.checkpoint import MANIFEST, write_manifest
 from s2q.common.components import text_encoders_of
 from s2q.common.errors import InvalidInputError, S2QError
@@ -27,7 +28,7 @@ FOUR = ("text_encoder.num_bits=4", "text_encoder.granularity=per_group", "text_e
 TENSOR = "encoder.block.0.layer.0.SelfAttention.q.packed"
 
 
-@pytest.fixture(scope="module", params=["wan", "hunyuanvideo", "ltx-2"])
+@pytest.fixture(scope="module", params=quick(["wan", "hunyuanvideo", "ltx-2"], "ltx-2"))
 def model(request, tmp_path_factory):
     """A pipeline of bf16 weights, its folder, and a checkpoint with encoders of 8 bits and one with grouped 4 bits."""
     folder = tmp_path_factory.mktemp("encoders")

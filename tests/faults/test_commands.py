@@ -9,6 +9,7 @@ from reliability import record
 
 from faults.commands import WORKERS
 from faults.test_disk import check_refused
+from quick import quick
 
 VIDEO = ["--num-frames", "9", "--height", "16", "--width", "16", "--steps", "2"]
 SCENE = "a red circle"
@@ -59,7 +60,7 @@ def disturb(commands, arguments, name, folder, event, error):
 COMMANDS = ["generate", "eval", "compare", "bench"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", quick(COMMANDS, "generate", "bench"))
 def test_a_command_ends_with_one_line_on_a_full_disk(commands, writing, tmp_path, command):
     arguments, name = writing[command]
     disturb(commands, arguments, name, tmp_path, 6, errno.ENOSPC)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 import s2q
+from quick import quick
 from s2q.calibration.stream import TeacherStream
 from s2q.checkpoint import file_tensors, read_config
 from s2q.distillation.token_importance import capture_column_sums
@@ -24,6 +25,9 @@ from tiny_families import TEXT_TO_VIDEO
 FAMILIES_UNDER_TEST = [name for name in TEXT_TO_VIDEO if name not in ("cogvideox", "wan 2.2 a14b")]
 FAMILIES_UNDER_TEST += ["wan-animate image"]  # has no text to video
 OF_IMAGES = {"attn2.add_k_proj", "attn2.add_v_proj"}  # which text to video has none of: test_image_to_video.py
+WHOLE_RUNS = quick(FAMILIES_UNDER_TEST, "wan", "hunyuanvideo 1.5", "mochi", "ltx-2", "wan-animate image")
+"""Families of a whole run; checkpoint/test_dtype.py quantizes and runs each of them."""
+
 QUICK = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
 
 
@@ -196,6 +200,7 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
         assert (left_out > 0) == (family.name == "mochi")  # which leaves out the text that a prompt does not fill
 
 
+@pytest.mark.parametrize("pipe", WHOLE_RUNS, indirect=True)
 def test_from_plan_to_video(pipe, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     pipe.save_pretrained(model)
@@ -219,6 +224,7 @@ def test_from_plan_to_video(pipe, tmp_path):
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
 
 
+@pytest.mark.parametrize("pipe", WHOLE_RUNS, indirect=True)
 def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     overrides = ["outer.num_bits=8"]
