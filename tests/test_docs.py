@@ -1,14 +1,12 @@
 """The pages say what the results files say, and their links lead somewhere."""
 
 import re
-import shlex
 from pathlib import Path
 
 import figures
 import pytest
 import tables
 import torch
-import typer
 from yaml import safe_load
 
 ROOT = Path(__file__).parent.parent
@@ -75,26 +73,6 @@ def test_what_the_questions_say_of_diffusers_is_true(tmp_path, monkeypatch):
     for refused in (CogVideoXVideoToVideoPipeline.from_pipe, lambda pipe: pipe.to("cpu", torch.bfloat16)):
         with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
             refused(names["pipe"])
-
-
-def commands_of(page):
-    """Commands of s2q in the code blocks of a page, without comments."""
-    for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), flags=re.DOTALL):
-        if language in ("", "bash"):
-            lines = block.replace("\\\n", " ").splitlines()
-            yield from (shlex.split(line, comments=True)[1:] for line in lines if line.startswith("s2q "))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_command_line_understands_every_command(page, monkeypatch):
-    from s2q.cli.app import app
-
-    monkeypatch.setattr("s2q.common.arguments.check_device", lambda name: None)
-    commands = typer.main.get_command(app).commands
-    for name, *arguments in commands_of(page):
-        if "…" in arguments:
-            continue
-        assert commands[name].make_context(name, arguments).params, f"s2q {name} {' '.join(arguments)}"
 
 
 def test_the_two_commands_come_first():
