@@ -49,13 +49,45 @@ def said(capsys):
 
 
 def test_a_plan_is_followed_by_its_run(said):
-    next_steps.say_next(next_steps.after_plan("a b", "r", overrides=["x=1"], variant="fp16", loras=["a.safetensors"]))
-    ((name, given),) = said()
+    given = {"overrides": ["rounding.dampening_frac=0.1"], "variant": "fp16", "loras": ["a.safetensors"]}
+    next_steps.say_next(next_steps.after_plan("a b", "s2q-w4a6", **given))
+    ((name, shown),) = said()
     assert name == "quantize"
-    assert (given["model"], given["recipe"], given["overrides"]) == ("a b", "r", ["x=1"])
-    assert (given["variant"], given["loras"]) == ("fp16", ["a.safetensors"])
-    next_steps.say_next(next_steps.after_plan("synthetic:wan-14b", "r", overrides=[], variant=None, loras=[]))
+    assert (shown["model"], shown["recipe"], shown["prompts"]) == ("a b", "s2q-w4a6", Path("FILE"))
+    assert {option: shown[option] for option in given} == given
+    next_steps.say_next(next_steps.after_plan("synthetic:wan-14b", "rtn-w4a6", overrides=[], variant=None, loras=[]))
     assert [name for name, _ in said()] == ["bench"], "there are no weights to quantize"
+
+
+@pytest.mark.parametrize(("model", "recipe"), [("shapes-wan", "s2q-w4a6"), ("acme/model", "rtn-w4a6")])
+def test_no_prompts_are_asked_for_where_none_are_needed(said, model, recipe):
+    next_steps.say_next(next_steps.after_plan(model, recipe, overrides=[], variant=None, loras=[]))
+    ((_, given),) = said()
+    assert given["prompts"] is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        ("acme/model@v2", "acme/model@v2"),
+        ("shapes-wan", "shapes-wan"),
+        ("base", "base"),
+        ("a.safetensors@acme/model", "{here}/a.safetensors@acme/model"),
+        ("a.safetensors@base", "{here}/a.safetensors@{here}/base"),
+        ("transformer_2=a.safetensors@acme/model", "transformer_2={here}/a.safetensors@acme/model"),
+        ("gone", "MODEL"),
+        ("gone.safetensors@acme/model", "MODEL"),
+        ("a.safetensors@gone", "MODEL"),
+        (None, "MODEL"),
+    ],
+)
+def test_the_reference_is_found_from_any_folder_or_left_to_the_user(tmp_path, monkeypatch, reference, shown):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "a.safetensors").touch()
+    command = next_steps.evaluate_with("out", reference)
+    assert command[command.index("--reference") + 1] == shown.format(here=tmp_path)
+    assert understood(["s2q", *command])
 
 
 def test_full_precision_videos_are_followed_by_quantizing_and_those_of_a_checkpoint_by_eval(said, checkpoint, tmp_path):
@@ -81,6 +113,8 @@ def test_a_checkpoint_whose_prompts_need_images_is_followed_by_a_file_of_prompts
     (tmp_path / "s2q/report.json").write_text(json.dumps({"schema_version": 1, "source": source}))
     command = next_steps.generate_with(tmp_path)
     assert command == ["generate", "-m", str(tmp_path), *given, "-o", "videos"]
+    pushed = next_steps.generate_with("acme/pushed", folder=tmp_path)
+    assert pushed == ["generate", "-m", "acme/pushed", *given, "-o", "videos"]
     assert understood(["s2q", *command])
 
 

@@ -114,3 +114,20 @@ def test_a_damaged_map_is_refused(tmp_path):
     (block,) = report()["blocks"]
     with pytest.raises(InvalidInputError, match=re.escape("report.json: cannot be shown as a page: a map of")):
         read_records(checkpoint(tmp_path, report=report(blocks=[block | {"attention": record}])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fractions": [0, 1], "mass": [0, 1]}, "attention of the blocks is on other fractions of the tokens in each"),
+        ({"fractions": [0, 1]}, "attention has other numbers of fractions than of masses"),
+        ({"fractions": [], "mass": []}, "fractions of attention is empty"),
+        ({"mass": [float("nan")] * 15}, "mass of attention: got nan, expected 0 to 1"),
+        ({"text_share": None}, "text_share=None"),
+    ],
+)
+def test_damaged_attention_is_refused(tmp_path, changes, message):
+    (block,) = report()["blocks"]
+    blocks = [block, block | {"name": "blocks.1", "attention": attention() | changes}]
+    with pytest.raises(InvalidInputError, match=re.escape(f"report.json: cannot be shown as a page: {message}")):
+        read_records(checkpoint(tmp_path, report=report(blocks=blocks)))

@@ -1,6 +1,7 @@
 """What `s2q ui` refuses before a model is loaded."""
 
 import json
+import os
 import socket
 import sys
 from types import SimpleNamespace
@@ -113,3 +114,22 @@ def test_a_missing_public_address_is_said_and_nothing_of_gradio_is_on_stdout(cap
     assert addresses == ["http://127.0.0.1:1/"]
     assert "opened no public address; the page is at http://127.0.0.1:1/ only" in caplog.text
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("before", [None, "/elsewhere"])
+def test_the_environment_is_afterwards_as_before(launched, monkeypatch, before):
+    names = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if before is not None:
+            monkeypatch.setenv(name, before)
+    during = []
+
+    def launch(**options):
+        during.extend(os.environ[name] for name in names)
+        return None, "http://127.0.0.1:1/", None
+
+    launched(launch)
+    serve.serve(port=0, until=lambda: True)
+    assert before not in during
+    assert [os.environ.get(name) for name in names] == [before] * len(names)

@@ -17,9 +17,15 @@ def say_next(commands: Sequence[Sequence[str]]) -> None:
         console.say(f"{'      ' if index else 'next: '}{shlex.join(['s2q', *words])}")
 
 
-def generate_with(model: str | Path, *, variant: str | None = None) -> list[str]:
-    """Return the command that generates a video, of a file of prompts if each of them needs an image."""
-    prompt = ["--prompts", "FILE.jsonl"] if _needs_image(Path(model)) else ["--prompt", "TEXT"]
+def generate_with(model: str | Path, *, folder: Path | None = None, variant: str | None = None) -> list[str]:
+    """Return the command that generates a video, of a file of prompts if each of them needs an image.
+
+    Args:
+        model: Folder or Hub id of the model.
+        folder: The same model on this machine, if `model` is a Hub id.
+        variant: Variant of the weights.
+    """
+    prompt = ["--prompts", "FILE.jsonl"] if _needs_image(folder or Path(model)) else ["--prompt", "TEXT"]
     return ["generate", "-m", str(model), *prompt, "-o", "videos", *_variant(variant)]
 
 
@@ -27,23 +33,23 @@ def evaluate_with(
     model: str | Path, reference: str | None, *, variant: str | None = None, loras: Sequence[str] = ()
 ) -> list[str]:
     """Return the command that evaluates a model against full precision; MODEL in place of one that is not known."""
-    from s2q.shapes.embedded import EMBEDDED_NAMES
-
-    prompts = [] if reference in EMBEDDED_NAMES else ["--prompts", "FILE"]
-    pair = ["-m", str(model), "--reference", reference or "MODEL"]
-    return ["eval", *pair, *prompts, *_variant(variant), *_adapters(loras), "-o", "eval.json"]
+    pair = ["-m", str(model), "--reference", _full_precision(reference)]
+    return ["eval", *pair, *_prompts(reference, Path(model)), *_variant(variant), *_adapters(loras), "-o", "eval.json"]
 
 
 def after_plan(
     model: str, recipe: str, *, overrides: Sequence[str], variant: str | None, loras: Sequence[str]
 ) -> list[list[str]]:
-    """Quantize; the dimensions of a published model have no weights to quantize."""
+    """Quantize, with prompts if they are needed; the dimensions of a published model have no weights to quantize."""
     from s2q.models.synthetic import SYNTHETIC_PREFIX
+    from s2q.recipes.load import load_recipe
 
     if model.startswith(SYNTHETIC_PREFIX):
         return [["bench", "-m", model, "-r", recipe, "-o", "bench.json"]]
     changes = [word for change in overrides for word in ("--set", change)]
-    return [["quantize", "-m", model, "-r", recipe, *changes, *_variant(variant), *_adapters(loras), "-o", "OUT"]]
+    prompts = _prompts(model, Path(model)) if load_recipe(recipe, overrides=overrides).calibrates else []
+    options = [*changes, *prompts, *_variant(variant), *_adapters(loras)]
+    return [["quantize", "-m", model, "-r", recipe, *options, "-o", "OUT"]]
 
 
 def after_generate(model: str, folder: Path, *, variant: str | None) -> list[list[str]]:
@@ -52,7 +58,7 @@ def after_generate(model: str, folder: Path, *, variant: str | None) -> list[lis
     from s2q.models.quantized import full_precision_origin
 
     if not checkpoint_record(folder):
-        return [["quantize", "-m", model, "-r", ACCURATE, *_variant(variant), "-o", "OUT"]]
+        return [["quantize", "-m", model, "-r", ACCURATE, *_prompts(model, folder), *_variant(variant), "-o", "OUT"]]
     return [evaluate_with(model, full_precision_origin(folder), variant=variant)]
 
 
@@ -103,6 +109,39 @@ def after_compare(result: Mapping[str, Any], out: Path) -> list[list[str]]:
         if path.exists() and not entry["error"] and "velocity_relative_error" in entry["metrics"]:
             errors[path] = entry["metrics"]["velocity_relative_error"]["mean"]
     return [generate_with(min(errors, key=lambda path: errors[path]))] if errors else []
+
+
+def _full_precision(name: str | None) -> str:
+    """A full-precision model as commands take it in any folder; MODEL for one that is not known or not here.
+
+    The record of a checkpoint has the names of files and folders without their places.
+    """
+    from s2q.common.cards import files_and_base
+    from s2q.common.components import TRANSFORMERS
+    from s2q.common.errors import InvalidInputError
+    from s2q.models.hub import parse_hub_id
+    from s2q.models.originals import originals_text, parse_originals
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    if name is None:
+        return "MODEL"
+    _, base = files_and_base(name)
+    if not (base in EMBEDDED_NAMES or Path(base).exists() or parse_hub_id(base)):
+        return "MODEL"
+    try:
+        files = parse_originals(name)
+    except InvalidInputError:
+        return "MODEL"
+    place = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return name if files is None else originals_text(files[0], place).removeprefix(f"{TRANSFORMERS[0]}=")
+
+
+def _prompts(model: str | None, folder: Path) -> list[str]:
+    """The prompts of a calibration or an evaluation, which embedded models have themselves, for a model in a folder."""
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    name = "FILE.jsonl" if _needs_image(folder) else "FILE"
+    return [] if model in EMBEDDED_NAMES else ["--prompts", name]
 
 
 def _needs_image(folder: Path) -> bool:

@@ -68,4 +68,4 @@ def push(
         told = {"public": public, "message": message, "overwrite": overwrite}
         next_steps.say_next(next_steps.after_dry_push(model, repo, evaluation=evaluation, videos=videos, **told))
     else:
-        next_steps.say_next([next_steps.generate_with(name)])
+        next_steps.say_next([next_steps.generate_with(name, folder=Path(model))])

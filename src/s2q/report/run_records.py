@@ -124,6 +124,9 @@ def _check_report(content: Mapping[str, Any]) -> None:
             _need({name: loss}, name, _NUMBER)
         if block.get("attention"):
             _check_attention(block["attention"])
+    fractions = [block["attention"]["fractions"] for block in content["blocks"] if block.get("attention")]
+    if any(others != fractions[0] for others in fractions):
+        raise ValueError("attention of the blocks is on other fractions of the tokens in each")
 
 
 def _check_attention(attention: Mapping[str, Any]) -> None:
@@ -131,6 +134,10 @@ def _check_attention(attention: Mapping[str, Any]) -> None:
         _need(attention, name, list)
         for value in attention[name]:
             _need({name: value}, name, _NUMBER)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} of attention: got {value}, expected 0 to 1")
+    if not attention["fractions"]:
+        raise ValueError("fractions of attention is empty")
     if len(attention["fractions"]) != len(attention["mass"]):
         raise ValueError("attention has other numbers of fractions than of masses")
     _need(attention, "text_share", _NUMBER)

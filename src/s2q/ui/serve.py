@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,9 @@ def serve(
         raise ResourceError("ui: gradio is not installed; pip install 's2q[ui]'")
     port = free_port(host, port)
     offers = offered(models, checkpoints)
-    os.environ.update(_QUIET)
     if host not in _LOOPBACK:
         logger.warning("ui: listening on %s; everybody who reaches this machine can use the page", host)
-    with scratch_folder("ui") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    with scratch_folder("ui") as folder, _environment(_QUIET | {"GRADIO_TEMP_DIR": str(folder / "uploads")}):
         from s2q.ui.page import STYLE, build_page, theme
 
         pipelines = Pipelines(folder, device=device, dtype=dtype, offload=offload, backend=backend)
@@ -79,6 +77,21 @@ def serve(
                 time.sleep(0.2)
         finally:
             page.close(verbose=False)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process, and set or remove them afterwards as they were before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _launch(page: Any, **options: Any) -> tuple[str, str | None]:
