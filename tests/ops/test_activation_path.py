@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quick import quick
 from s2q.common.errors import InvalidInputError
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
@@ -127,9 +128,9 @@ class TestTriton:
         assert (difference > 0).double().mean() < 1e-3
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=0)
 
-    @pytest.mark.parametrize("num_bits", [3, 4, 5, 6, 8])
+    @pytest.mark.parametrize("num_bits", quick([3, 4, 5, 6, 8], 3, 8))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("features", [1, 77, 192])
+    @pytest.mark.parametrize("features", quick([1, 77, 192], 1, 77))
     def test_without_rotation_the_bits_are_equal(self, num_bits, dtype, features):
         x = (draw(4, features) * 3).to(dtype)
         x[1] = 0
@@ -254,8 +255,8 @@ class TestTriton:
         self.assert_close(found, expected)
         assert not torch.equal(expected[0], without[0])
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("branch", [None, True, False])
+    @pytest.mark.parametrize("dtype", quick([torch.float32, torch.float16, torch.bfloat16], torch.bfloat16))
+    @pytest.mark.parametrize("branch", quick([None, True, False], True))
     def test_outside_the_kernel_rows_are_prepared_in_pieces(self, dtype, branch, monkeypatch):
         from s2q.ops.activation_path import triton
 

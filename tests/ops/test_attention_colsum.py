@@ -178,6 +178,7 @@ def test_a_full_length_video_stays_far_below_the_map():
     assert peak_above_inputs(17_776) < 250e6
 
 
+@pytest.mark.slow
 def test_the_measurement_sees_a_map():
     tokens = 6000
     assert peak_above_inputs(tokens, chunk_size=tokens) > 2 * tokens * tokens * 4 > 250e6

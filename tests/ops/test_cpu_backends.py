@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quick import quick
 from s2q.common.errors import InvalidInputError
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
@@ -86,6 +87,7 @@ def test_grouped_scales_on_every_backend(instructions):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+DTYPES = (torch.float32, torch.bfloat16)
 PARTS = [
     (),
     ("shift", "scale"),
@@ -104,8 +106,8 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("rows", [0, 1, 32, 101])
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16, torch.float16, torch.float64], *DTYPES))
+@pytest.mark.parametrize("rows", quick([0, 1, 32, 101], 0, 101))
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_activation_path_is_that_of_the_reference(monkeypatch, dtype, rows, parts):
     monkeypatch.setattr(path_cpu, "CHUNK_BYTES", 40 * 24 * dtype.itemsize)

@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from extreme_products import failures
+from quick import quick, quick_if
 from s2q.common.processor import is_x86
 from s2q.ops.int_matmul import cpu, int_matmul, reference
+
+BITS = [(8, 8), (8, 7), (7, 8), (6, 8), (8, 4), (6, 4), (4, 4), (2, 2)]
+
+
+def is_quick(x_bits, w_bits):
+    return (x_bits, w_bits) in ((8, 8), (6, 4))
+
 
 EXACT = pytest.mark.parametrize("multiply", [int_matmul, reference.int_matmul, cpu.int_matmul])
 
@@ -35,7 +43,7 @@ def exact(x, w):
 
 
 @EXACT
-@pytest.mark.parametrize(("x_bits", "w_bits"), [(8, 8), (8, 7), (7, 8), (6, 8), (8, 4), (6, 4), (4, 4), (2, 2)])
+@pytest.mark.parametrize(("x_bits", "w_bits"), quick_if(is_quick, BITS))
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (33, 64, 17), (3, 1025, 2), (4, 5000, 3)])
 def test_bit_equal_to_int64(multiply, x_bits, w_bits, shape):
     rows, inner, columns = shape
@@ -87,7 +95,7 @@ def test_products_at_the_extremes_of_their_codes_are_exact(instructions):
 
 
 @pytest.mark.skipif(not is_x86(), reason="only x86 CPUs can be capped")
-@pytest.mark.parametrize("cap", ["AVX2", "AVX512_CORE", "SSE41"])
+@pytest.mark.parametrize("cap", quick(["AVX2", "AVX512_CORE", "SSE41"], "AVX2"))
 def test_products_are_exact_where_onednn_is_capped(instructions, request, cap):
     if request.node.callspec.params["instructions"] != "native":
         pytest.skip("in a process of its own")

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 
+from quick import quick
 from s2q.common.torch_state import fresh_torch_state
 from s2q.core.cubes import cube_means
 from s2q.core.input_path import InputTensors
@@ -81,6 +82,7 @@ OPS = {
         lambda b: weights.weight_only_matmul(torch.cat([X] * 3), WQ, SW, w_bits=4, backend=b),
     ),
 }
+QUICK_STATES = quick(STATES, "default float16", "default device", "everything")
 CASES = [(name, backend) for name, (op, _) in OPS.items() for backend in ("auto", *op.BACKENDS)]
 
 
@@ -101,7 +103,7 @@ def plain_result(name, backend):
     return OPS[name][1](backend)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", QUICK_STATES)
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_an_op_gives_the_same_bits(name, backend, state):
     if backend == "triton":
@@ -167,7 +169,7 @@ def packed(kind, granularity):
     )
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", QUICK_STATES)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "auto", "fastest"])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_a_packed_linear_gives_the_same_bits_in_the_dtype_of_its_input(kind, backend, state):
