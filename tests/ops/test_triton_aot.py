@@ -1,7 +1,8 @@
 """The Triton kernels compile for every architecture: few spills, tensor cores used, shared memory that fits.
 
 Compilation needs no GPU, but a process in which Triton was not told to interpret, as the other tests tell it. Here one
-variant of each kind is compiled; all of them are in a results file, whose keys hash what was compiled.
+variant of each kind is compiled, one in all among the quick tests; all of them are in a results file, whose keys hash
+what was compiled.
 """
 
 import json
@@ -95,6 +96,7 @@ def compiled():
     return entries
 
 
+@pytest.mark.slow
 def test_every_kind_of_kernel_and_every_architecture_is_compiled(compiled):
     architectures = {one["group"]: set() for one in RESULTS["results"]}
     for one in compiled:
@@ -103,6 +105,7 @@ def test_every_kind_of_kernel_and_every_architecture_is_compiled(compiled):
     assert set.union(*architectures.values()) == set(SHARED_BYTES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_kernels_compile_ahead_of_time_to_what_the_results_file_says(compiled, arch):
     triton = pytest.importorskip("triton")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quick import quick_if
 from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
 from s2q.models import ModelSource
@@ -35,10 +36,16 @@ def one_of_each_size():
     return sorted(found.values())
 
 
+def one_of_each_method():
+    """The narrowest weights of each method are among the quick tests."""
+    narrowest = {name.rpartition("-")[0]: name for name in reversed(one_of_each_size())}
+    return quick_if(lambda name, *_: name in narrowest.values(), [(name, (), None) for name in one_of_each_size()])
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides", "dtype"),
     [
-        *((name, (), None) for name in one_of_each_size()),
+        *one_of_each_method(),
         ("rtn-w4a6", (), "float32"),
         ("rtn-w4a6", ("modulation=null", "skip=['transformer_blocks.1.*']"), None),
         ("rtn-w4a16", ("weights.granularity=per_group", "weights.group_size=16"), None),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from reliability import record
 
+from quick import quick
 from s2q.checkpoint import load_pipeline
 from s2q.common.errors import S2QError
 from s2q.recipes.load import load_recipe
@@ -19,6 +20,9 @@ from s2q.run.quantize import quantize
 from tiny import run_transformer, tiny_pipeline
 
 METHODS = sorted(methods())
+QUICK = ("deltaquant", "orbitquant", "quarot", "s2q-export-branch", "s2q-plus")
+"""Methods that differ most in how they round and what they learn; zeros are tried with every method."""
+
 SMALL = ["calibration.n_prompts=1", "calibration.steps=1", "calibration.samples=1"]
 GROUPS = ["weights.group_size=16", "activations.group_size=16", "allocation.candidates=[16,32]"]
 BLOCK = "transformer_blocks.0"
@@ -54,6 +58,9 @@ def run(pipe, method, out, *changes):
 
 def uses_gptq(method):
     return load_recipe(name_of(method)).rounding.method == "gptq"
+
+
+CALIBRATING = [method for method in METHODS if load_recipe(name_of(method)).calibrates]
 
 
 @pytest.fixture
@@ -96,7 +103,7 @@ def test_channels_and_linears_of_zeros_stay_zero(method, pipe, block, tmp_path):
         assert rounding["dead_columns"] == block.ff.net[2].in_features
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, *QUICK))
 def test_inputs_that_are_the_same_for_every_token_are_quantized(method, pipe, block, tmp_path):
     for norm in (block.norm1, block.norm2):  # scale -1, shift 0.3, gate 1, for video and text
         norm.linear.weight.zero_()
@@ -109,7 +116,7 @@ def test_inputs_that_are_the_same_for_every_token_are_quantized(method, pipe, bl
             assert rounding["error"] <= rounding["rtn_error"]
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if uses_gptq(method)])
+@pytest.mark.parametrize("method", quick([method for method in METHODS if uses_gptq(method)], *QUICK))
 def test_a_singular_hessian_without_dampening_is_tried_again_or_rounded_to_nearest(method, pipe, tmp_path):
     report = run(pipe, method, tmp_path / "out", "rounding.dampening_frac=0")
     check_output(tmp_path / "out", report)
@@ -128,7 +135,7 @@ def overflow(block):
     block.ff.net[2].weight.mul_(1e-20)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, *QUICK))
 def test_inputs_whose_squares_overflow_are_named_in_the_report_or_in_the_error(method, pipe, block, tmp_path, caplog):
     overflow(block)
     if method in OVERFLOWS:
@@ -153,7 +160,7 @@ def test_overflow_falls_back_and_stops_with_the_layer_where_that_is_not_allowed(
         run(pipe, method, tmp_path / "other", "rounding.allow_fallback=false")
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(name_of(method)).calibrates])
+@pytest.mark.parametrize("method", quick(CALIBRATING, *QUICK))
 def test_a_loss_that_overflows_names_the_block(method, pipe, block, tmp_path):
     block.ff.net[0].proj.weight.mul_(1e20)
     block.ff.net[2].weight.mul_(3)
@@ -161,8 +168,8 @@ def test_a_loss_that_overflows_names_the_block(method, pipe, block, tmp_path):
         run(pipe, method, tmp_path / "out")
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(name_of(method)).calibrates])
+@pytest.mark.parametrize("bad", quick([torch.nan, torch.inf, -torch.inf], torch.inf))
+@pytest.mark.parametrize("method", quick(CALIBRATING, *QUICK))
 def test_values_that_are_not_finite_name_the_layer_that_returns_them_first(method, bad, pipe, block, tmp_path):
     block.ff.net[2].register_forward_hook(lambda _module, _args, output: output * bad)
     with pytest.raises(S2QError, match=rf"NaN or infinite latents for prompt 'a'.*first in transformer\.{LAST};"):
@@ -170,7 +177,7 @@ def test_values_that_are_not_finite_name_the_layer_that_returns_them_first(metho
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(name_of(method)).calibrates])
+@pytest.mark.parametrize("method", quick(CALIBRATING, *QUICK))
 def test_values_that_reach_no_latent_name_the_layer_too(method, pipe, block, tmp_path):
     def spoil(_module, _args, output):  # a text token; those are dropped after the last block
         output[:, 0, 0] = torch.nan
