@@ -159,6 +159,7 @@ def undisturbed(model, tmp_path_factory):
     return (out / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_inside_a_block_is_in_the_report(cluster, model, tmp_path, monkeypatch):
     monkeypatch.setattr("s2q.run.stages.BlockWork", killed_work.KilledOnce)
     report = quantize(
@@ -171,6 +172,7 @@ def test_a_worker_that_dies_inside_a_block_is_in_the_report(cluster, model, tmp_
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_whose_node_is_killed_gives_the_bytes_of_another_run(cluster, model, undisturbed, tmp_path):
     """Last, since it takes a node away; another takes its place, as in a cluster that scales.
 
