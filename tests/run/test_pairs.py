@@ -168,7 +168,7 @@ def test_what_is_collected_is_known_by_model_and_content():
     assert inputs.fingerprint == expected
 
 
-def test_workers_give_the_same_bytes(pair, folder, quantized, tmp_path):
+def test_workers_give_the_same_bytes(forked, pair, folder, quantized, tmp_path):
     quantize(folder, out=tmp_path / "out", workers=2, **options(pair, QUANTIZED))
     for component in ("transformer", "transformer_2"):
         assert weights(tmp_path / "out", component) == weights(quantized[0], component)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from quick import quick
 from s2q.calibration.teacher import load_teacher
 from s2q.common.errors import InvalidInputError
 from s2q.generation.settings import resolve_settings
@@ -67,6 +68,7 @@ def test_collecting_takes_as_long_as_the_prompts_of_the_run(tmp_path, monkeypatc
     assert result.stages[0].seconds == count  # a video takes a second by this clock
 
 
+@pytest.mark.slow
 def test_both_of_two_transformers_get_samples(tmp_path):
     """Of few steps the second one takes none, so that more have to be measured."""
     tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.7).save_pretrained(tmp_path / "model")
@@ -78,8 +80,8 @@ def test_both_of_two_transformers_get_samples(tmp_path):
     assert [stage.seconds is None for stage in result.stages] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("selection", ["sds", "rtfp"])
-@pytest.mark.parametrize("trajectory", ["full_precision", "quantized"])
+@pytest.mark.parametrize("selection", quick(["sds", "rtfp"], "sds"))
+@pytest.mark.parametrize("trajectory", quick(["full_precision", "quantized"], "quantized"))
 def test_the_plan_the_measurement_and_the_run_count_the_same_steps(tmp_path, monkeypatch, selection, trajectory):
     """The first transformer does not take half of the eight steps."""
     pipe = tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.85)
