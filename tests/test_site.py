@@ -15,6 +15,11 @@ import s2q
 
 ROOT = Path(__file__).parent.parent
 OTHER_HOST = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=["'](?:https?:)?//(?!127\.)[^"']*""")
+UNREADABLE = """(elements) => {
+  const wide = (element) => element.scrollWidth >= element.clientWidth + 16;  // the margin
+  const small = (element) => parseFloat(getComputedStyle(element).fontSize) < 12;
+  return elements.filter((element) => wide(element) || small(element)).map((element) => element.outerHTML);
+}"""
 
 
 def pages_of(nav):
@@ -97,12 +102,24 @@ def test_pages_log_no_error_ask_no_other_host_fit_the_window_and_are_accessible(
 
 
 @pytest.mark.slow
-def test_a_word_of_the_reference_is_found(served_site, visit):
-    with visit() as visitor:
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "light"), (390, "dark")])
+def test_a_word_of_the_reference_is_found_and_its_results_are_readable(served_site, visit, width, scheme):
+    with visit(width=width, scheme=scheme) as visitor:
         page = visitor.open(f"http://{served_site}/index.html")
-        page.locator(".md-search__input").click()
+        page.locator(".md-search__input" if width > 1000 else "label.md-header__button[for=__search]").click()
         page.get_by_text("Type to start searching").wait_for()  # until then, the theme loses what is typed
         page.locator(".md-search__input").press_sequentially("quantize")  # it listens to keys
-        page.locator(".md-search-result__item a").first.wait_for()
+        results = page.locator(".md-search-result__item a")
+        results.first.wait_for()
         assert page.locator('.md-search-result__item a[href*="api.html"]').count() > 0
+        assert visitor.overflow() == []
+        assert visitor.violations() == []
+        box = results.first.bounding_box()
+        assert 0 <= box["x"]
+        assert box["x"] + box["width"] <= width
+        unreadable = page.locator(".md-search-result__article > :is(h1, h2, p)").evaluate_all(UNREADABLE)
+        assert unreadable == []
+        results.first.click()
+        page.locator(".md-content mark").first.wait_for()  # the page of the result, with the word marked
+        assert visitor.overflow() == []
         assert visitor.errors == []
