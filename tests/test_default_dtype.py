@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quick import slow
 from s2q.common import devices
 from s2q.common.log import log_once
 from s2q.common.processor import is_x86
@@ -76,7 +77,7 @@ def test_generate_takes_the_same_dtype(folders, emulated_half):
     assert torch.equal(by_name[0].latents, loaded[0].latents)
 
 
-@pytest.mark.parametrize(("asked", "used"), [(None, "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(("asked", "used"), [(None, "float32"), slow("bfloat16", "bfloat16")])
 def test_eval_names_the_one_dtype_of_both_sides(folders, emulated_half, asked, used):
     sides = {"model": folders / "quantized", "reference": folders / "bfloat16"}
     result = evaluate(**sides, prompts=PROMPTS, seeds=[0], metrics=("psnr", "velocity"), dtype=asked, **SETTINGS)
@@ -115,7 +116,7 @@ def test_a_recipe_that_only_rounds_gives_the_same_bytes_on_every_cpu(folders, em
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [("bfloat16", "s2q-w4a6"), ("bfloat16", "s2q-plus-w4a4"), ("wan", "s2q-w4a6")]
+    ("model", "recipe"), [("bfloat16", "s2q-w4a6"), slow("bfloat16", "s2q-plus-w4a4"), slow("wan", "s2q-w4a6")]
 )
 def test_a_calibrated_checkpoint_is_stored_in_the_stored_dtype_and_calibrated_in_float32(
     folders, emulated_half, monkeypatch, tmp_path, recipe, model
@@ -159,6 +160,7 @@ def test_the_plan_counts_what_is_computed_in_and_stores_what_was_stored(folders,
     assert rounding.storage == plan(folders / "bfloat16", recipe="rtn-w4a6").storage
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_x86(), reason="only x86 CPUs can be capped")
 def test_a_cpu_without_bf16_is_recognised(folders):
     code = f"import s2q; print(s2q.load({str(folders / 'bfloat16')!r}).transformer.dtype)"

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 import s2q
+from quick import quick
 from s2q.cli import run
 from s2q.common.errors import ResourceError
 
@@ -20,6 +21,7 @@ KINDS = {
     "ENOMEM": OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
     "safetensors": SafetensorError("Cannot allocate memory (os error 12)"),
 }
+QUICK_KINDS = quick(KINDS, "MemoryError", "ENOMEM")
 SETTINGS = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}
 
 
@@ -30,7 +32,7 @@ def raising(error):
     return fail
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 @pytest.mark.parametrize("place", ["load", "transformer", "decode"])
 def test_lack_of_memory_in_generate(tiny_model, tmp_path, monkeypatch, capsys, kind, place):
     if place == "load":
@@ -50,7 +52,7 @@ def test_lack_of_memory_in_generate(tiny_model, tmp_path, monkeypatch, capsys, k
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_lack_of_memory_while_a_checkpoint_is_loaded(tiny_model, tmp_path, monkeypatch, kind):
     s2q.quantize(tiny_model, recipe="rtn-w4a6", out=tmp_path / "out")
     monkeypatch.setattr(diffusers.CogVideoXTransformer3DModel, "from_pretrained", raising(KINDS[kind]))
@@ -65,7 +67,7 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_lack_of_memory_at_load_in_every_verb(tiny_model, tmp_path, monkeypatch, verb, kind):
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", raising(KINDS[kind]))

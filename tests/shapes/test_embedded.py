@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from quick import quick
 from s2q.common.errors import InvalidInputError
 from s2q.generation.settings import prompt_token_limit
 from s2q.shapes.detector import detect
@@ -75,7 +76,7 @@ def test_every_prompt_fits_the_text_encoder_in_whole_words(model):
                 assert len(ids) <= len(text.split()) + 3  # a piece a word, comma, full stop, end
 
 
-@pytest.mark.parametrize("model", TRAINED)
+@pytest.mark.parametrize("model", quick(TRAINED, "shapes-cogvideox"))
 def test_full_precision_videos_show_what_the_prompt_says(model):
     prompts = embedded_prompts(model, count=12)
     settings = generation_defaults(model) | {"num_inference_steps": 12}

@@ -101,6 +101,7 @@ class BothHalvesTask(LineTask):
         return sum(super(BothHalvesTask, self).loss(batch_size // 2, half)[0] for half in halves) / 2, {}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_both_batches(tmp_path):
     settings = _settings(steps=3, muon=False)
     train(LineTask, settings, tmp_path / "two", processes=2)
