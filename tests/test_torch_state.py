@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import s2q
+from quick import quick
 from s2q.benchmark.bench import make_cases, run_cases
 from s2q.benchmark.case import Settings
 from s2q.benchmark.machine import hardware, versions
@@ -63,13 +64,13 @@ def plain(model, tmp_path_factory):
     return out, calibrated(model, out)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", quick(STATES, "default float16", "default device", "everything"))
 def test_a_calibrating_run_gives_the_same_bytes(model, plain, state, tmp_path):
     with STATES[state]():
         assert calibrated(model, tmp_path / "out") == plain[1]
 
 
-@pytest.mark.parametrize("state", ["inference_mode", "everything", "no_grad"])
+@pytest.mark.parametrize("state", quick(["inference_mode", "everything", "no_grad"], "everything"))
 def test_a_pipeline_that_was_loaded_in_the_state_is_quantized_to_the_same_bytes(model, plain, state, tmp_path):
     with STATES[state]():
         pipe = s2q.load(model)
@@ -114,6 +115,7 @@ def test_the_other_verbs_give_the_same(model, plain, plain_outcomes, state):
         assert found[name] == wanted, name
 
 
+@pytest.mark.slow
 def test_comparing_and_measuring_give_the_same_in_every_state(model, plain, tmp_path):
     found = {}
     states = {"plain": contextlib.nullcontext, **{name: STATES[name] for name in ("default float16", "everything")}}

@@ -19,6 +19,7 @@ from exported import (
     assert_refused,
     packed_linears,
 )
+from quick import slow
 from s2q.checkpoint import MANIFEST, read_config, verify_manifest
 from s2q.cli import run
 from s2q.common.cards import read_card
@@ -49,8 +50,8 @@ def assert_equal_linears(converted, checkpoint):
 
 @pytest.mark.parametrize(
     "recipe",
-    [(CONVROT, *BRANCH, *OUTER), ("convrot-w8a8", *BRANCH), ("rtn-w4a8",), ("rtn-w4a16", *GROUPS)]
-    + [("rtn-w4a16", *GROUPS_OF_8_BITS), ("s2q-export-branch-w4a8",)],
+    [(CONVROT, *BRANCH, *OUTER), slow(("convrot-w8a8", *BRANCH)), slow(("rtn-w4a8",)), ("rtn-w4a16", *GROUPS)]
+    + [slow(("rtn-w4a16", *GROUPS_OF_8_BITS)), slow(("s2q-export-branch-w4a8",))],
     ids=" ".join,
 )
 def test_an_export_to_sdnq_gives_the_linears_of_its_checkpoint(made, recipe, tmp_path):
@@ -65,7 +66,12 @@ def test_an_export_to_sdnq_gives_the_linears_of_its_checkpoint(made, recipe, tmp
 
 @pytest.mark.parametrize(
     "recipe",
-    [(CONVROT, *OUTER), ("convrot-w8a8",), ("convrot-w4a4", *OUTER, "skip=['*.ffn.net.2']"), ("rtn-w4a16",)],
+    [
+        (CONVROT, *OUTER),
+        slow(("convrot-w8a8",)),
+        ("convrot-w4a4", *OUTER, "skip=['*.ffn.net.2']"),
+        slow(("rtn-w4a16",)),
+    ],
     ids=" ".join,
 )
 def test_an_export_to_comfyui_gives_the_linears_of_its_checkpoint(made, recipe, tmp_path):

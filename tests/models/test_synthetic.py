@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from quick import slow
 from s2q.benchmark.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
 from s2q.common.errors import InvalidInputError
 from s2q.core.tokens import token_grid
@@ -147,7 +148,7 @@ def test_packed_blocks_run(name, recipe):
 
 @pytest.mark.parametrize(
     ("name", "quantized"),  # how often inputs are quantized in a block of each list; q, k and v share one
-    [("cogvideox-2b", [4]), ("hunyuanvideo", [8, 3]), ("wan-1.3b", [7])],
+    [slow("cogvideox-2b", [4]), ("hunyuanvideo", [8, 3]), slow("wan-1.3b", [7])],
 )
 def test_packed_blocks_compile_into_one_graph(name, quantized):
     counts = []
