@@ -123,6 +123,13 @@ def inline_commands(page: Path) -> list[str]:
     return re.findall(r"`((?:s2q|python|make) [^`]+)`", text)
 
 
+def python_code(page: Path) -> list[str]:
+    """Return the Python of a page: its code blocks, and calls of s2q in its text."""
+    text = page.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [*blocks, *re.findall(r"`(s2q\.\w+\([^`]*\))`", text)]
+
+
 PIPELINES = {family.pipeline.__name__: name for name, family in reversed(FAMILIES.items())}
 MODELS = {entry["hub"]: entry["pipeline"] for entry in published_models().values()} | {
     "zai-org/CogVideoX1.5-5B": "cogvideox 1.5",

@@ -1,5 +1,7 @@
 """Every command of README.md and docs/ is understood and runs as `page_commands` declares, in the order of its page."""
 
+import ast
+import inspect
 import re
 import shlex
 
@@ -7,6 +9,7 @@ import pytest
 import typer
 
 import page_commands
+import s2q
 from fake_vbench import write_fake
 from page_commands import ADDED, NOT_RUN, PAGES, REPLACED, ROOT, Command, commands, inline_commands
 from s2q.cli.app import app
@@ -87,6 +90,15 @@ def test_commands_in_the_text_have_options_scripts_and_targets_that_exist(page):
             options = {name for option in PROGRAMS[words[0]].params for name in option.opts}
             used = {word.partition("=")[0] for word in words if word.startswith("-")}
             assert used <= options | {"--help"}, text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_calls_functions_of_s2q_with_arguments_that_they_have(page):
+    for code in page_commands.python_code(page):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Call) and re.match(r"s2q\.\w+$", name := ast.unparse(node.func)):
+                named = {keyword.arg for keyword in node.keywords}
+                assert named <= inspect.signature(getattr(s2q, name[4:])).parameters.keys(), ast.unparse(node)
 
 
 @pytest.mark.slow

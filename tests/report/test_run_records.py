@@ -119,7 +119,7 @@ def test_a_damaged_map_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fractions": [0, 1], "mass": [0, 1]}, "attention of the blocks is on other fractions of the tokens in each"),
+        ({"fractions": [0, 1], "mass": [0, 1]}, "blocks have attention on different fractions of the tokens"),
         ({"fractions": [0, 1]}, "attention has other numbers of fractions than of masses"),
         ({"fractions": [], "mass": []}, "fractions of attention is empty"),
         ({"mass": [float("nan")] * 15}, "mass of attention: got nan, expected 0 to 1"),

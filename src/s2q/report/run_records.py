@@ -126,7 +126,7 @@ def _check_report(content: Mapping[str, Any]) -> None:
             _check_attention(block["attention"])
     fractions = [block["attention"]["fractions"] for block in content["blocks"] if block.get("attention")]
     if any(others != fractions[0] for others in fractions):
-        raise ValueError("attention of the blocks is on other fractions of the tokens in each")
+        raise ValueError("blocks have attention on different fractions of the tokens")
 
 
 def _check_attention(attention: Mapping[str, Any]) -> None:
