@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from published import published_models
 from reproduce.command import main as reproduce
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import s2q
 from s2q.cli import run as s2q_command
@@ -199,6 +199,8 @@ def _make_lora(text: str) -> None:
     from loras import save_lora  # imports peft
 
     component, _, path = text.partition(":")[0].rpartition("=")
+    if Path(path).exists() and any("lora" in name for name in load_file(path)):
+        return  # of the command above; a section of the page uses the names for transformers too
     file = save_lora(tiny_pipeline("wan 2.2 a14b"), Path("lora"), component=component or "transformer")
     file.replace(path)
 
