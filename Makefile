@@ -13,8 +13,8 @@ demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
 # The quick tests, 10 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py). ALL=1 adds the slow ones
-# and those on emulated GPUs.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# and those on emulated GPUs. Bytecode is kept whatever the environment says: many tests start interpreters.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)
 	@command -v chromium > /dev/null || echo "No chromium: tests of pages in a browser are skipped (apt-get install chromium)"
 	$(PYTEST) $(if $(ALL),-m "not gpu and not vbench and not faults")
