@@ -6,6 +6,7 @@ import pytest
 from reliability import record
 
 from faults.commands import WORKERS, hashes
+from quick import quick
 
 LARGER = {
     "calibration.num_frames=9": "calibration.num_frames=33",
@@ -34,9 +35,10 @@ def expected(commands, calibration, tmp_path_factory):
 def defaults(model):
     """The settings of generation that an embedded model has; any model is one in these processes."""
     path = model / "generation.json"
+    before = path.read_text()
     path.write_text('{"num_inference_steps": 2, "guidance_scale": 3.0, "num_frames": 9, "height": 16, "width": 16}')
     yield
-    path.unlink()
+    path.write_text(before)
 
 
 def last_error(outcome):
@@ -57,7 +59,7 @@ def check_limit(commands, calibration, folder, memory, expected):
     return {"retries": int(tried_again), "refused": int(outcome.code == 4), "finished": int(outcome.code == 0)}
 
 
-@pytest.mark.parametrize("memory", LIMITS)
+@pytest.mark.parametrize("memory", quick(LIMITS, 12 << 20))
 def test_a_limit_of_memory_ends_with_the_result_or_one_line_and_the_run_resumes(
     commands, calibration, expected, tmp_path, memory
 ):

@@ -14,6 +14,7 @@ from reliability import record
 
 from faults.commands import hashes, orphans
 from faults.test_kills import check_resumed, spread, two_workers
+from quick import quick, slow
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -88,7 +89,7 @@ def signal_on_terminal(commands, arguments, folder, number, seconds, *, forks=Fa
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", quick(range(3), 1))
 def test_a_signal_at_an_event_ends_the_run_with_its_exit_code_and_it_resumes(
     commands, quantize_tiny, undisturbed, tmp_path, part, number
 ):
@@ -107,7 +108,7 @@ def test_a_signal_to_a_run_on_a_terminal_shows_the_cursor(commands, quantize_tin
     check_resumed(commands, quantize_tiny, tmp_path, undisturbed[1])
 
 
-@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 3.0), (signal.SIGTERM, 9.0)], ids=["INT", "TERM"])
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 3.0), slow(signal.SIGTERM, 9.0)], ids=["INT", "TERM"])
 def test_a_signal_to_a_run_with_two_workers_leaves_no_process(
     commands, quantize_tiny, undisturbed, tmp_path, number, seconds
 ):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from step_memory import Case, planned_bytes, traced_bytes
 
+from quick import quick
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import Machine, check_memory, plan_model, plan_transformers, tensor_sizes, this_machine
@@ -33,7 +34,7 @@ def machine(memory, **changes):
     return Machine(**GPU | {"memory_bytes": memory} | changes)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", quick([False, True], True))
 @pytest.mark.parametrize(
     ("recipe", "name", "index"),
     [

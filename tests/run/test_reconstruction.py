@@ -8,6 +8,7 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 from overrides import overriding
+from quick import slow
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.checkpoint.manifest import write_manifest
 from s2q.common.errors import InvalidInputError
@@ -251,21 +252,21 @@ def test_the_transform_of_an_input_is_rounded_once(tmp_path, monkeypatch, overri
     [
         ["rounding.method=gptq"],
         ["transforms.shift=mean"],
-        ["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"],
+        slow(["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"]),
         ["transforms.scale=smooth"],
         ["transforms.low_rank=1"],
-        ["transforms.low_rank=2", "transforms.low_rank_from=weight", "transforms.shift=mean", "activations=null"],
+        slow(["transforms.low_rank=2", "transforms.low_rank_from=weight", "transforms.shift=mean", "activations=null"]),
         ["transforms={low_rank: 2, low_rank_from: both, shift: mean, rotation: hadamard}", "rounding.method=gptq"],
         [
             "transforms={scale: smooth, alpha: search, rotation: kronecker, low_rank: 2, low_rank_from: weight}",
             "distillation.epochs=1",
             "rounding.method=gptq",
         ],
-        ["transforms.low_rank=99", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
-        ["transforms.rotation=hadamard", "rounding.method=gptq"],
+        slow(["transforms.low_rank=99", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"]),
+        slow(["transforms.rotation=hadamard", "rounding.method=gptq"]),
         ["transforms.rotation=hadamard", "clip.constant=0.9", "modulation.rounding=gptq"],
         ["clip.weights=true", "clip.activations=true", "distillation.epochs=1"],
-        ["transforms.rotation=kronecker", "transforms.start=random", "distillation.epochs=1", "activations=null"],
+        slow(["transforms.rotation=kronecker", "transforms.start=random", "distillation.epochs=1", "activations=null"]),
         ["transforms.scale=smooth", "transforms.salience=spearman"],
         ["rounding.method=adaround", "distillation.epochs=1", "activations=null", "modulation.rounding=gptq"],
         [
