@@ -106,9 +106,10 @@ def test_page_locked_samples_are_counted_in_powers_of_two():
     tokens, channels = 17_550 + 226, 1920
     on_gpu = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(80 * 10**9)).calibration
     assert tokens * channels * 2 <= 1 << 27
-    assert on_gpu.activation_bytes == 40 * ((1 << 27) + (1 << 28) + (1 << 17))
+    assert on_gpu.activation_bytes == 40 * ((1 << 27) + (1 << 27) + (1 << 17))
     on_cpu = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(None, device="cpu")).calibration
     assert on_cpu.activation_bytes == 40 * tokens * (channels * (2 + 4) + 4)
+    assert (on_gpu.dtype, on_cpu.dtype) == ("bfloat16", "float32")
 
 
 def test_a_gpu_holds_the_sample_at_hand():
@@ -137,7 +138,7 @@ def test_a_step_on_the_cpu_takes_its_part_of_the_budget():
 
 def test_too_little_memory_is_refused_with_what_it_takes():
     planned = plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", machine=machine(24 * 10**9))
-    with pytest.raises(ResourceError, match=r"hunyuanvideo: stage blocks needs about 3\d\.\d GB on cuda, which has 24"):
+    with pytest.raises(ResourceError, match=r"hunyuanvideo: stage blocks needs about 2[5-9]\.\d GB on cuda, which has 24"):
         check_memory(planned)
     check_memory(plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", machine=machine(None)))
 
@@ -157,7 +158,7 @@ def test_calibration_in_bf16_takes_less():
             overrides=[f"calibration.precision={one}"],
             machine=machine(60 * 10**9),
         )
-        for one in ("float32", "model")
+        for one in ("float32", "auto")
     )
     assert half.calibration.activation_bytes < 0.7 * wide.calibration.activation_bytes
     assert half.calibration.step_bytes < wide.calibration.step_bytes  # transforms are in fp32 in both

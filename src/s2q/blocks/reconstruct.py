@@ -114,7 +114,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
     dtype = None
     if task.recipe.calibration.precision != "model":
-        dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype)
+        dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype, device=task.device)
         convert(teacher, dtype, kept=kept_in_fp32(stream.transformer))
     cast = functools.partial(_on_device, device=task.device, dtype=dtype)
     stream.advance(task.index)

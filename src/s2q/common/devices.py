@@ -18,6 +18,8 @@ from s2q.common.processor import has_arithmetic
 
 logger = logging.getLogger(__name__)
 
+_BF16_CAPABILITY = (8, 0)
+"""Least compute capability of NVIDIA's GPUs with bf16 products; AMD's that PyTorch runs on report 9 and above."""
 _STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -61,6 +63,15 @@ def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
     message = "computing in float32: this CPU has no %s arithmetic; --dtype %s (dtype=) emulates it"
     log_once(logger, logging.INFO, message, *2 * (str(stored).removeprefix("torch."),))
     return torch.float32
+
+
+def calibrates_in_bf16(device: str | torch.device) -> bool:
+    """Return whether blocks are calibrated in bf16 by default: on GPUs that multiply it; one that is not here does."""
+    kind, index = torch.device(device).type, torch.device(device).index or 0
+    if kind == "cpu":
+        return False
+    there = torch.cuda.is_available() and index < torch.cuda.device_count()
+    return not there or torch.cuda.get_device_capability(index) >= _BF16_CAPABILITY
 
 
 def overflow_remedy(dtype: torch.dtype) -> str:

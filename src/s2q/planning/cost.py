@@ -193,6 +193,7 @@ class CalibrationCost:
 
     Attributes:
         samples: Calls of a block that it is calibrated on.
+        dtype: The dtype that blocks are calibrated in, "bfloat16" or another.
         step_bytes: What a step of distillation holds beside the block's weights.
         gradient_checkpointing: Whether a step computes parts of the block again to hold less.
         activation_bytes: Inputs and targets of the block at hand, over all samples; host memory or disk.
@@ -203,6 +204,7 @@ class CalibrationCost:
     frames: int
     text_tokens: int
     samples: int
+    dtype: str
     step_bytes: int
     gradient_checkpointing: bool
     activation_bytes: int
@@ -337,7 +339,8 @@ def calibration_cost(
 ) -> CalibrationCost:
     """Return what calibrating the blocks of a model in a dtype takes, and how."""
     group = recipe.calibration
-    computed = group.dtype(dtype).itemsize
+    blocks_dtype = group.dtype(dtype, device=machine.device)
+    computed = blocks_dtype.itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     on_host = machine.is_host
     whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=computed, on_host=on_host) for shape in shapes)
@@ -353,6 +356,7 @@ def calibration_cost(
         text_tokens=workload.text_tokens,
         image_tokens=workload.image_tokens,
         samples=samples,
+        dtype=str(blocks_dtype).removeprefix("torch."),
         step_bytes=step,
         gradient_checkpointing=checkpointed,
         activation_bytes=activations,

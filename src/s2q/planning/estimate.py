@@ -68,7 +68,7 @@ def stage_work(
             shape,
             recipe,
             workload=workload,
-            dtype=dtype,
+            dtype=getattr(torch, cost.dtype),
             samples=cost.samples,
             checkpointed=cost.gradient_checkpointing,
             epochs=epochs,

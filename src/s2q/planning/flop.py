@@ -152,15 +152,14 @@ def block_work(
     """Count the calibration of a block, without what finds its inputs (`reaching_work`).
 
     Args:
-        dtype: Of the model; blocks are calibrated in that of the recipe.
+        dtype: That blocks are calibrated in.
         samples: S, calls of the block.
         epochs: Epochs of distillation and of refinement, each with the number of times that it looks at all samples.
     """
-    computed = recipe.calibration.dtype(dtype)
-    plain = _in_tf32(forward_work(shape, computed))
-    quantized = _in_tf32(forward_work(shape, computed, quantized=True))
-    step = _in_tf32(step_work(shape, computed, checkpointed=checkpointed))
-    sample = Work(transfer=shape.sample_bytes(computed.itemsize, target_itemsize=computed.itemsize))
+    plain = _in_tf32(forward_work(shape, dtype))
+    quantized = _in_tf32(forward_work(shape, dtype, quantized=True))
+    step = _in_tf32(step_work(shape, dtype, checkpointed=checkpointed))
+    sample = Work(transfer=shape.sample_bytes(dtype.itemsize, target_itemsize=dtype.itemsize))
     judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between
     total = (plain + sample) * samples + (quantized + sample) * (samples * judged)
     total += step * (samples * sum(count for count, _ in epochs))

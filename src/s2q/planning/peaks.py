@@ -121,18 +121,16 @@ def stage_peaks(
     offload = chosen_offload(machine, transformers, others, forward=forward)
     held = collect_bytes(offload, transformers, others, forward=forward)
     collect = base + machine.added_bytes(held - forward) + forward
-    block = blocks_bytes(recipe, shapes, cost, machine=machine, dtype=dtype)
+    block = blocks_bytes(recipe, shapes, cost, machine=machine)
     blocks = max(collect, base + machine.runtime_bytes + block + (cost.host_bytes if machine.is_host else 0))
     again = recipe.calibration.trajectory_2 == "quantized"  # samples of the second transformer come after blocks
     stages = {name: collect if name in ("collect", "select") and not again else blocks for name in names}
     return StagePeaks(stages=stages, offload=offload)
 
 
-def blocks_bytes(
-    recipe: Recipe, shapes: Sequence[BlockShape], cost: CalibrationCost, *, machine: Machine, dtype: torch.dtype
-) -> int:
+def blocks_bytes(recipe: Recipe, shapes: Sequence[BlockShape], cost: CalibrationCost, *, machine: Machine) -> int:
     """Return what the device holds at most while a block is calibrated."""
-    itemsize, checkpointed = recipe.calibration.dtype(dtype).itemsize, cost.gradient_checkpointing
+    itemsize, checkpointed = getattr(torch, cost.dtype).itemsize, cost.gradient_checkpointing
     return max(
         shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize, on_host=machine.is_host)
         for shape in shapes

@@ -52,7 +52,7 @@ from s2q.recipes.schema import Recipe
 
 LESS_MEMORY = (
     "calibrate on smaller videos (calibration.num_frames, calibration.height, calibration.width of the recipe) or in "
-    "bf16 (calibration.precision=bfloat16), or use a larger device"
+    "bf16 (calibration.precision=bfloat16, the default of GPUs), or use a larger device"
 )
 """Remedy for lack of memory while calibrating."""
 
