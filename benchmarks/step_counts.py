@@ -3,9 +3,10 @@
     python benchmarks/step_counts.py
 
 The operations of the first block of `shapes-cogvideox` are listened to, in full precision, as a student, and in a step
-with its gradient, on videos of three lengths. The bytes that they read and write, products left out, are an exact
-linear function of the weights and of the values that go in and out of linears. Written to
-``benchmarks/results/step-counts.json``.
+with its gradient, on videos of three lengths, with the kernels that a GPU has for trainable quantization, in Triton's
+interpreter. The bytes that they read and write, products left out, are an exact linear function of the weights and of
+the values that go in and out of linears. A tensor counts once for each operation, also where a kernel reads it again
+from a cache. Written to ``benchmarks/results/step-counts.json``.
 """
 
 import os
@@ -14,16 +15,21 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import torch
 from environment import environment
 from records import rounded, write_record
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from s2q.benchmark.calibration_block import _pipeline_subject, first_block, first_optimization, first_student
 from s2q.blocks.distil import block_loss
 from s2q.models import resolve_model
+from s2q.ops import fake_quantize
+from s2q.ops.fake_quantize import triton as kernels
 from s2q.ops.fused import VARIABLE
 from s2q.planning.cost import Workload, block_shapes
 from s2q.planning.resolve import resolve
@@ -32,6 +38,7 @@ from s2q.recipes.load import load_recipe
 RESULT = Path(__file__).parent / "results" / "step-counts.json"
 RECIPES = ("s2q-w4a6", "s2q-plus-w4a6")
 FRAMES = (1, 9, 17)
+_LAUNCH = kernels.launch
 PRODUCTS = ("aten.mm", "aten.bmm", "aten.addmm", "baddbmm", "scaled_dot", "linalg")
 
 
@@ -54,10 +61,17 @@ class Operations(TorchDispatchMode):
             self.traffic += sum(tensor.nbytes for tensor in tensors)
         return result
 
+    def launch(self, *arguments: Any, **settings: Any) -> None:
+        """Launch a Triton kernel, which the dispatcher does not see, and count its tensors."""
+        with _disable_current_modes():  # the interpreter computes with PyTorch
+            _LAUNCH(*arguments, **settings)
+        self.launches += 1
+        self.traffic += sum(tensor.nbytes for tensor in arguments if isinstance(tensor, torch.Tensor))
+
 
 def counted(run: Callable[[], object]) -> tuple[int, int]:
     """Return launches and traffic of a call."""
-    with Operations() as operations:
+    with Operations() as operations, patch.object(kernels, "launch", operations.launch):
         run()
     return operations.launches, operations.traffic
 
@@ -98,6 +112,7 @@ def main() -> None:
     """Count every recipe, write the file."""
     torch.set_num_threads(1)
     os.environ[VARIABLE] = "0"  # counted are the operations that a GPU has, not what is compiled for a CPU
+    fake_quantize.BACKENDS["cpu"] = fake_quantize.BACKENDS["triton"]
     recipes = {name: count(name) for name in RECIPES}
     for name, figures in recipes.items():
         print(name, figures, flush=True)

@@ -19,6 +19,7 @@ from s2q.ops.activation_path.tiles import rotation_tile, row_block
 from s2q.ops.attention_colsum import tiles as colsum_tiles
 from s2q.ops.attention_colsum import triton as attention_colsum
 from s2q.ops.attention_inputs import HeadTiles, find_tile
+from s2q.ops.fake_quantize import triton as fake_quantize
 from s2q.ops.int8_attention import tiles as int8_tiles
 from s2q.ops.int8_attention import triton as int8_attention
 from s2q.ops.int8_attention.reference import KEY_BLOCK, QUERY_BLOCK
@@ -170,6 +171,28 @@ def token_level_variants(arch: int) -> Iterator[Variant]:
             group="quantize",
             is_quick=dtype == "bf16",
         )
+
+
+def fake_quantize_variants(arch: int) -> Iterator[Variant]:
+    pointers = ("x_ptr", "ratio_ptr", "grad_ptr", "amax_ptr", "grad_x_ptr", "grad_ratio_ptr", "out_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | {"num_rows": "i32", "ratio_stride": "i32"}
+    for dtype, length, of_weight in (("fp32", 3072, False), ("bf16", 15360, False), ("fp32", 64, True)):
+        kernels = {"values": fake_quantize.fake_quantize_kernel, "gradient": fake_quantize.gradient_kernel}
+        for kind, kernel in kernels.items():
+            named = {name: types[name] for name in kernel.arg_names if name in types}
+            in_dtype = dict.fromkeys(("x_ptr", "grad_ptr", "grad_x_ptr", "out_ptr"), f"*{dtype}")
+            constants = fake_quantize.row_constants(length, num_bits=4 if of_weight else 6, of_weight=of_weight)
+            warps = constants.pop("num_warps")
+            yield Variant(
+                name=f"fake quantization {kind} {dtype} {length}",
+                kernel=kernel,
+                types=named | {name: kind for name, kind in in_dtype.items() if name in named},
+                constants=constants,
+                aligned=tuple(name for name in named if name in pointers),
+                options={"num_warps": warps},
+                group="fake quantization",
+                is_quick=dtype == "fp32",
+            )
 
 
 def activation_variants(arch: int) -> Iterator[Variant]:
@@ -376,6 +399,7 @@ def variants_of(arch: int) -> Iterator[Variant]:
         matmul_variants,
         value_variants,
         token_level_variants,
+        fake_quantize_variants,
         activation_variants,
         weight_only_variants,
         colsum_variants,

@@ -61,7 +61,7 @@ def test_doctor(each_device, capsys):
     assert (device["name"], device["device"], device["memory_bytes"] > 0) == (each_device, "cuda", True)
     rows = {row["backend"]: row for row in content["backends"]}
     assert rows["triton"]["status"] == rows["reference"]["status"] == rows["fastest"]["status"] == "passed"
-    assert rows["triton"]["tests"] == 8
+    assert rows["triton"]["tests"] == 9
     assert "expected one on the CPU" in rows["cpu"]["reason"]
 
 

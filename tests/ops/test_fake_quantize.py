@@ -1,9 +1,15 @@
-"""Trainable quantization of rows: the compiled passes have the bits of the specification, values and gradients."""
+"""Trainable quantization of rows, values and gradients: compiled passes have the bits of the specification.
+
+Kernels have its values, and its gradients up to the order of their sums.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 
 from s2q.core import qparams
+from s2q.ops.dispatch import KernelUnavailableError
 from s2q.ops.fake_quantize import fake_quantize_rows
 
 bitwise = pytest.mark.usefixtures("passes")
@@ -11,6 +17,9 @@ bitwise = pytest.mark.usefixtures("passes")
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+kernels = partial(fake_quantize_rows, backend="triton")
 
 
 def learned(quantizer, x, clip, upstream, num_bits, of_weight=False):
@@ -44,6 +53,60 @@ def test_values_and_gradients_have_the_bits_of_the_specification(shape, clip, nu
     ]
     for compiled, specified in zip(*results, strict=True):
         assert torch.equal(compiled, specified)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("shape", [(9, 33), (2, 40, 1, 192), (6, 5, 16), (3, 1), (2, 5000)])
+@pytest.mark.parametrize(("num_bits", "of_weight"), [(2, False), (6, False), (4, True)])
+def test_kernels_have_the_values_and_gradients_of_the_specification(shape, clip, num_bits, of_weight):
+    pytest.importorskip("triton")
+    x, upstream = draw(*shape) * draw(*shape, seed=2).exp(), draw(*shape, seed=3)
+    rows = x.view(-1, shape[-1])
+    rows[0], rows[1] = 0, rows[1].sign()
+    ratio = CLIPS[clip](shape)
+    (values, *gradients), (wanted, *specified) = (
+        learned(quantizer, x, ratio, upstream, num_bits, of_weight)
+        for quantizer in (kernels, qparams.fake_quantize_rows)
+    )
+    assert torch.equal(values, wanted)
+    for gradient, expected in zip(gradients, specified, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_take_half_precision(dtype):
+    pytest.importorskip("triton")
+    x, upstream = draw(5, 48).to(dtype), draw(5, 48, seed=3).to(dtype)
+    values, gradient, of_clip = learned(kernels, x, torch.tensor([0.7]), upstream, 6)
+    wanted, expected, of_expected = learned(qparams.fake_quantize_rows, x, torch.tensor([0.7]), upstream, 6)
+    assert (values.dtype, gradient.dtype, of_clip.dtype) == (dtype, dtype, torch.float32)
+    torch.testing.assert_close(values, wanted)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(of_clip, of_expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_kernel_that_is_lost_between_the_passes_leaves_the_gradient_to_pytorch(monkeypatch):
+    pytest.importorskip("triton")
+    from s2q.ops.fake_quantize import triton as module
+
+    x, upstream, ratio = draw(4, 24), draw(4, 24, seed=3), torch.tensor([0.7])
+    launched = module.launch
+
+    def refuse(kernel, *arguments, **settings):
+        if kernel is module.gradient_kernel:
+            raise KernelUnavailableError("too much shared memory")
+        launched(kernel, *arguments, **settings)
+
+    monkeypatch.setattr(module, "launch", refuse)
+    found, expected = (learned(q, x, ratio, upstream, 4) for q in (kernels, qparams.fake_quantize_rows))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_kernels_take_no_rows():
+    pytest.importorskip("triton")
+    values, gradient = learned(kernels, torch.empty(0, 8), None, torch.empty(0, 8), 4)
+    assert values.shape == gradient.shape == (0, 8)
 
 
 @bitwise
@@ -92,9 +155,9 @@ def test_other_dtypes_are_left_to_the_specification(dtype):
     assert torch.equal(found, qparams.fake_quantize_rows(x, num_bits=4))
 
 
-def test_a_row_with_a_nan_is_nan():
+def test_a_row_with_a_nan_is_nan(backend):
     x = draw(3, 8)
     x[1, 2] = torch.nan
-    found = fake_quantize_rows(x, num_bits=4)
+    found = fake_quantize_rows(x, num_bits=4, backend=backend)
     assert bool(found[1].isnan().all())
     assert bool(found[::2].isfinite().all())

@@ -38,6 +38,7 @@ from s2q.nn.runtime import set_backend
 from s2q.ops import (
     activation_path,
     attention_colsum,
+    fake_quantize,
     int8_attention,
     level_values,
     rescaled_int_matmul,
@@ -177,6 +178,19 @@ def _token_levels(generator: Generator) -> Compute:
     return compute
 
 
+def _fake_quantize(generator: Generator) -> Compute:
+    x, upstream, ratio = _normal(generator, _M, _I), _normal(generator, _M, _I), torch.tensor([0.9])
+
+    def compute(device: str, backend: str) -> Tensor:
+        inputs = [tensor.detach().to(device).requires_grad_() for tensor in (x, ratio)]
+        with torch.enable_grad():
+            values = fake_quantize.fake_quantize_rows(inputs[0], num_bits=4, clip_ratio=inputs[1], backend=backend)
+        gradients = torch.autograd.grad(values, inputs, upstream.to(device))
+        return torch.cat([tensor.detach().flatten() for tensor in (values, *gradients)])
+
+    return compute
+
+
 def _attention(op: Callable[..., Tensor], *, reads: int) -> Callable[[Generator], Compute]:
     """Return what draws an op of attention that reads so many of queries, keys and values."""
 
@@ -220,6 +234,7 @@ OPS: Mapping[str, OpCase] = {
     "rescaled_int_matmul": OpCase(backends=rescaled_int_matmul.BACKENDS, draw=_rescaled_int_matmul, tolerance=_FP32),
     "weight_only_matmul": OpCase(backends=weight_only_matmul.BACKENDS, draw=_weight_only_matmul, tolerance=_FP32),
     "level_values": OpCase(backends=level_values.BACKENDS, draw=_level_values, tolerance=_EXACT),
+    "fake_quantize": OpCase(backends=fake_quantize.BACKENDS, draw=_fake_quantize, tolerance=_CODES),
     "token_levels": OpCase(backends=token_levels.BACKENDS, draw=_token_levels, tolerance=_CODES),
     "attention_colsum": OpCase(
         backends=attention_colsum.BACKENDS, draw=_attention(attention_colsum.attention_colsum, reads=2), tolerance=_BF16

@@ -148,8 +148,8 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
         image = f", {cost['image_tokens']} image" if cost["image_tokens"] else ""
         notes.append(
             f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video{image} and {cost['text_tokens']} text "
-            f"tokens, in {cost['dtype']}; inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, "
-            f"a step {step}"
+            f"tokens, in {cost['dtype']}; inputs and targets of a block take {format_bytes(cost['activation_bytes'])}"
+            f"{where}, a step {step}"
         )
     allocation = plan["allocation"]
     if allocation is not None:

@@ -98,7 +98,7 @@ def use_references(
     Args:
         put: Sets an item of a table of backends; `monkeypatch.setitem` does so for a while.
     """
-    from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul
+    from s2q.ops import activation_path, attention_colsum, fake_quantize, rescaled_int_matmul, weight_only_matmul
 
-    for op in (activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul):
+    for op in (activation_path, attention_colsum, fake_quantize, rescaled_int_matmul, weight_only_matmul):
         put(op.BACKENDS, "triton", op.BACKENDS["reference"])

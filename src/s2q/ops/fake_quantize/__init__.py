@@ -4,12 +4,13 @@
 
 The specification is `core.qparams.fake_quantize_rows`, whose operations read and write all of x many times. On a CPU
 with compiled passes (`ops.fused`) there is one pass forward and two backward, around PyTorch's sum of each row, with
-the same bits. `fake_quantize_input` has the rows of a scheme: tokens, their groups, and their differences from means.
+the same bits. On a GPU a kernel forward and one backward read a row twice. `fake_quantize_input` has the rows of a
+scheme: tokens, their groups, and their differences from means.
 
 Shapes: `n` values of a row; `N` tokens, `I` in features.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +22,37 @@ from s2q.core.cubes import cube_means, spread
 from s2q.core.qparams import ClipRatio, group_scale, token_scale_of_levels
 from s2q.core.schemes import UNIFORM, QuantScheme, num_groups
 from s2q.core.tokens import TokenGrid
-from s2q.ops.fused import passes
+from s2q.ops.dispatch import choose_backend, triton_backend
+from s2q.ops.fake_quantize import cpu
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": qparams.fake_quantize_rows,
+    "cpu": cpu.fake_quantize,
+    "triton": triton_backend("fake_quantize"),
+}
+
+__all__ = ["BACKENDS", "fake_quantize_input", "fake_quantize_rows"]
 
 
-def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None, of_weight: bool = False) -> Tensor:
+def fake_quantize_rows(
+    x: Tensor,
+    *,
+    num_bits: int,
+    clip_ratio: ClipRatio = None,
+    of_weight: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """Quantize and dequantize each row of x [..., n], floating, with a dynamic scale; returns its shape and dtype.
 
     The clip ratio in (0, 1] broadcasts to [..., 1]. Scales of a weight are rounded to the stored dtype. Gradients
-    towards x and the ratio are those of `core.qparams`.
+    towards x and the ratio are those of `core.qparams`. The backend is "reference", "cpu", "triton", or "auto": Triton
+    where it can run on a GPU, cpu on the CPU. Compiled graphs have the operations of the reference.
+
+    Raises:
+        InvalidInputError: If there is no such backend, or it cannot run here.
     """
-    is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if is_plain and passes() is not None:
-        if not isinstance(clip_ratio, Tensor):
-            clip_ratio = torch.full((1,), 1.0 if clip_ratio is None else clip_ratio, dtype=torch.float32, device="cpu")
-        values: Tensor = _FakeQuantizeRows.apply(x, clip_ratio, num_bits, of_weight)  # type: ignore[no-untyped-call]
-        return values
-    return qparams.fake_quantize_rows(x, num_bits=num_bits, clip_ratio=clip_ratio, of_weight=of_weight)
+    run = qparams.fake_quantize_rows if torch.compiler.is_compiling() else choose_backend(backend, x, BACKENDS)
+    return run(x, num_bits=num_bits, clip_ratio=clip_ratio, of_weight=of_weight)
 
 
 def fake_quantize_input(
@@ -82,39 +98,3 @@ def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio)
     else:
         scale = token_scale_of_levels(grouped, unit=level_unit(scheme, x.shape[-1]), clip_ratio=clip_ratio)
     return qparams.fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)
-
-
-class _FakeQuantizeRows(torch.autograd.Function):
-    """The compiled passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip_ratio: Tensor, num_bits: int, of_weight: bool) -> Tensor:
-        compiled = passes()
-        assert compiled is not None
-        x, scales = x.contiguous(), (*x.shape[:-1], 1)
-        ratios = clip_ratio if clip_ratio.numel() == 1 else clip_ratio.expand(scales)
-        ratios = ratios.flatten().float().contiguous()
-        out, amax, scale = torch.empty_like(x), x.new_empty(scales), x.new_empty(scales)
-        ctx.options = {"num_bits": num_bits, "of_weight": of_weight}
-        compiled.fake_quantize(_rows(x), ratios, **ctx.options, out=out, amax=amax, scale=scale)
-        ctx.save_for_backward(x, amax, scale, ratios)
-        ctx.clip_shape = clip_ratio.shape
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, amax, scale, ratios = ctx.saved_tensors
-        compiled, grad = passes(), grad_outputs[0].contiguous()
-        assert compiled is not None
-        grad_x, slope, grad_clip = torch.empty_like(x), torch.empty_like(x), torch.empty_like(amax)
-        compiled.fake_quantize_gradient(
-            _rows(x), grad, scale, num_bits=ctx.options["num_bits"], grad_x=grad_x, slope=slope
-        )
-        sums = slope.sum_to_size(scale.shape).contiguous()
-        compiled.scale_gradient(_rows(x), amax, sums, ratios, **ctx.options, grad_x=grad_x, grad_clip=grad_clip)
-        return grad_x, grad_clip.sum_to_size(ctx.clip_shape) if ctx.needs_input_grad[1] else None, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.view(-1, x.shape[-1])
