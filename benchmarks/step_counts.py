@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from s2q.benchmark.calibration_block import _pipeline_subject, first_block, first_optimization, first_student
 from s2q.blocks.distil import block_loss
 from s2q.models import resolve_model
-from s2q.ops import fake_quantize
+from s2q.ops import fake_quantize, kronecker
 from s2q.ops.fake_quantize import triton as kernels
 from s2q.ops.fused import VARIABLE
 from s2q.planning.cost import Workload, block_shapes
@@ -71,7 +71,8 @@ class Operations(TorchDispatchMode):
 
 def counted(run: Callable[[], object]) -> tuple[int, int]:
     """Return launches and traffic of a call."""
-    with Operations() as operations, patch.object(kernels, "launch", operations.launch):
+    batched = patch.object(kronecker, "_times_left", kronecker._times_left_in_batch)
+    with Operations() as operations, batched, patch.object(kernels, "launch", operations.launch):
         run()
     return operations.launches, operations.traffic
 

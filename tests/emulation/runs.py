@@ -146,11 +146,21 @@ DIGITS = 0.02
 rounded the other way moves those of a model of three tokens by half a percent."""
 
 
-def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(), call=None):
-    """Quantize on the CPU and on a device; generate on both from the checkpoint of the device."""
+def check_against_cpu(
+    model, recipe, device, *, dtype=torch.float32, overrides=(), call=None, precision: str | None = "float32"
+):
+    """Quantize on the CPU and on a device; generate on both from the checkpoint of the device.
+
+    Args:
+        precision: Of the calibration on both; None is the default of the device, bf16, which the CPU is told to take.
+    """
     call = call or {}
-    result = quantize(model, recipe, device, dtype=dtype, overrides=overrides)
-    expected = on_cpu(model, recipe, dtype, overrides)
+    given, same = (
+        (*overrides, *([f"calibration.precision={value}"] if value and load_recipe(recipe).calibrates else []))
+        for value in (precision, precision or "bfloat16")
+    )
+    result = quantize(model, recipe, device, dtype=dtype, overrides=given)
+    expected = on_cpu(model, recipe, dtype, same)
     if not result.losses:
         codes = result.codes
         assert codes.keys() == expected.codes.keys()
@@ -161,7 +171,7 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
         tolerance = {"rtn": EXACT, "initial": ROUNDED}.get(stage, LEARNED)
         if load_recipe(recipe).loss.temporal:  # a divergence of nearly equal distributions
             tolerance = max(tolerance, ROUNDED)
-        if dtype != torch.float32:
+        if dtype != torch.float32 or precision is None:
             tolerance = max(tolerance, HALVES)
         wanted = expected.losses[block, stage]
         message = f"{block}: {stage} loss {loss}; on the CPU {wanted}"

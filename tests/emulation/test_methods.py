@@ -34,6 +34,13 @@ def test_every_method_is_tested():
     assert {name for name in recipe_names() if name.startswith("rtn-")} <= set(RECIPES)
 
 
+@pytest.mark.parametrize("recipe", ["s2q-w4a6", "q-vdit-w4a4"])
+def test_a_gpu_calibrates_in_bf16_unless_it_is_told_otherwise(recipe, device):
+    default = runs.check_against_cpu("cogvideox", recipe, device, precision=None)
+    wide = runs.quantize("cogvideox", recipe, device, overrides=("calibration.precision=float32",))
+    assert default.losses != wide.losses
+
+
 @pytest.mark.parametrize(("recipe", "model"), runs.pairs(RECIPES, ["cogvideox", "wan"]))
 def test_a_gpu_gives_what_the_cpu_gives(recipe, model, device):
     method = recipe.rpartition("-")[0]

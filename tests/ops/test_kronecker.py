@@ -100,3 +100,13 @@ def test_compiled_products_have_the_bits_of_the_operations(n1, n2, scaled, threa
 def test_products_of_other_bits_are_left_to_pytorch(multiplies, monkeypatch):
     monkeypatch.setattr(fused.Passes, "kronecker", lambda *arguments, half, out: (half.zero_(), out.zero_()))
     assert not fused._products_equal_torch(fused.passes())
+
+
+@pytest.mark.parametrize("rows", [(0,), (5,), (2, 3)])
+def test_the_batched_product_of_gpus_is_that_of_cpus(rows):
+    generator = torch.Generator().manual_seed(0)
+    factor, grids = torch.randn(4, 4, generator=generator), torch.randn(*rows, 4, 6, generator=generator)
+    for given in (factor, factor.t()):
+        found = kronecker._times_left_in_batch(given, grids)
+        torch.testing.assert_close(found, given @ grids)
+        assert found.is_contiguous()

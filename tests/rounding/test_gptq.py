@@ -6,7 +6,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.core.codebook import levels_of
-from s2q.core.qparams import code_range, dequantize_weight, weight_scale
+from s2q.core.qparams import code_range, dequantize_weight, fake_quantize_rows, weight_scale
 from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.rounding import round_rtn
 from s2q.rounding.gptq import GPTQ
@@ -32,6 +32,11 @@ def correlated(tokens, features, *, seed=0):
 def round_gptq(weight, scheme, *, clip_ratio=None, **options):
     (result,) = round_weights([weight], scheme, clip_ratios=[clip_ratio], **options)
     return result
+
+
+def in_tf32(x):
+    """The ten bits of mantissa that a GPU's product of fp32 matrices keeps; the rest is cut off."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def hessian_of(x):
@@ -282,3 +287,15 @@ def test_weights_of_one_input_share_the_factorization_and_are_rounded_as_alone(s
         assert torch.equal(rounded.scale, expected.scale)
         assert report == of_expected
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("outliers", [1, 30])
+def test_products_in_tf32_change_the_error_by_less_than_a_hundredth(outliers):
+    x, weight = correlated(2000, 192), draw(96, 192, seed=7)
+    x[:, :4] *= outliers
+    x = fake_quantize_rows(x, num_bits=6)
+    exact, errors = hessian_of(x), []
+    for hessian in (exact, hessian_of(in_tf32(x))):
+        rounded, _ = round_gptq(weight, W4, hessian=hessian)
+        errors.append(float(hessian_error(dequantize_weight(rounded.codes, rounded.scale) - weight, exact).sum()))
+    assert errors[0] != errors[1] == pytest.approx(errors[0], rel=0.01)

@@ -1,8 +1,9 @@
 """One block with calibration: token importance, initial transforms, distillation, rounding, packing.
 
 Everything is computed from the block's weights and the inputs that the teacher's stream gives it, in fp32 unless the
-recipe asks for another dtype; the targets are what a copy of the block in that dtype makes of these inputs. On a GPU,
-fp32 products are in TF32, except those of rounding. The student contains the modulation linears of the checkpoint.
+recipe asks for another dtype or a GPU computes in bf16; the targets are what a copy of the block in that dtype makes of
+these inputs. On a GPU, fp32 products are in TF32, except those of GPTQ's columns. The student contains the modulation
+linears of the checkpoint.
 """
 
 import copy

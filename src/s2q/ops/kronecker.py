@@ -51,7 +51,7 @@ def _product(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor
     compiled = _compiled(x, left, right)
     if compiled is None or left is None or right is None:
         half = _times_right(x, scale, left, right)
-        return half, (half if left is None else left.t() @ half).reshape(x.shape)
+        return half, (half if left is None else _times_left(left.t(), half)).reshape(x.shape)
     rows, orders = x.reshape(-1, x.shape[-1]).contiguous(), (left.shape[0], right.shape[0])
     half, out = torch.empty_like(rows), torch.empty_like(rows)
     factors = left.contiguous(), right.contiguous()
@@ -76,6 +76,20 @@ def _times_right(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Te
         return x
     grid = x.reshape(*x.shape[:-1], *factor_orders(x.shape[-1], left, right))
     return grid if right is None else grid @ right
+
+
+def _times_left(factor: Tensor, grids: Tensor) -> Tensor:
+    """Multiply every matrix of [..., n1, n2] by one of [n1, n1] from the left.
+
+    A CPU makes one product of it, between two transposed copies of the grids.
+    """
+    return factor @ grids if grids.device.type == "cpu" else _times_left_in_batch(factor, grids)
+
+
+def _times_left_in_batch(factor: Tensor, grids: Tensor) -> Tensor:
+    """Do so without copies, by a batched product in which all share the factor."""
+    batch = grids.reshape(-1, *grids.shape[-2:])
+    return torch.bmm(factor.expand(len(batch), -1, -1), batch).view(grids.shape)
 
 
 class _ScaledKronecker(torch.autograd.Function):
@@ -111,7 +125,7 @@ class _ScaledKronecker(torch.autograd.Function):
             grad = grad.reshape(-1, *grid)
             if wanted["left"]:
                 gradients["left"] = _summed_products(half.reshape(-1, *grid), grad)
-            grad = left @ grad
+            grad = _times_left(left, grad)
         if right is not None:
             grad = grad.reshape(-1, grid[1])
             if wanted["right"]:

@@ -42,8 +42,8 @@ class _Pass(Figures):
 
 
 _PLAIN = _Pass(typed=2.4, launches=7)
-_STUDENT, _STUDENT_BRANCH = _Pass(value=24, typed=2.4, launches=72), _Pass(value=15.5, launches=47)
-_STEP, _STEP_BRANCH = _Pass(value=102, typed=7, weight=247, launches=241), _Pass(value=25, weight=112, launches=76)
+_STUDENT, _STUDENT_BRANCH = _Pass(value=15, typed=2.4, launches=28), _Pass(value=15.5, launches=15)
+_STEP, _STEP_BRANCH = _Pass(value=36, typed=7, weight=82, launches=86), _Pass(value=21, weight=114, launches=45)
 _COLUMN_LAUNCHES = 5
 """Operations of GPTQ for each column of the weights that read an input."""
 _EIGEN_FLOP = 9.0
@@ -223,7 +223,7 @@ def folding_work(weights: int, *, orders: int) -> Work:
 
 def _hessian_work(shape: BlockShape, samples: int) -> Work:
     flop = samples * sum(2.0 * rows * features**2 for features, rows in shape.inputs)
-    return Work({"fp32": flop})
+    return Work({"tf32": flop})
 
 
 def _gptq_work(shape: BlockShape) -> Work:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.torch_state import tf32_products
 
 
 class HessianAccumulator:
-    """Sums 2 XᵀX in fp32 over batches of `num_tokens` in all; holds I² numbers and nothing of the inputs."""
+    """Sums 2 XᵀX in fp32, of products in TF32 on a GPU, over batches of `num_tokens` in all; holds I² numbers."""
 
     def __init__(self, in_features: int, *, device: torch.device | str | None = None) -> None:
         self.num_tokens = 0
@@ -31,7 +32,8 @@ class HessianAccumulator:
         if x.shape[-1] != features:
             raise InvalidInputError(f"Hessian: got an input of shape {list(x.shape)}; expected [..., {features}]")
         rows = x.reshape(-1, features).to(self._sum)
-        self._sum.addmm_(rows.t(), rows, alpha=2.0)
+        with tf32_products(self._sum.device):
+            self._sum.addmm_(rows.t(), rows, alpha=2.0)
         self.num_tokens += len(rows)
 
     def hessian(self) -> Tensor:
