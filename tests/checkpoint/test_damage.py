@@ -232,7 +232,7 @@ def test_scales_that_are_not_positive_numbers(copy, value):
 @pytest.mark.parametrize("name", [f"{LAYER}.weight", f"{LAYER}.weight_scale", f"{LAYER}.bias", "proj_out.weight"])
 def test_a_missing_tensor_is_refused(copy, name):
     edit_tensors(copy, lambda tensors: tensors.pop(name))
-    refused(copy, f"checkpoint lacks 1 tensors, {name}")
+    refused(copy, f"checkpoint lacks 1 tensor, {name}")
 
 
 def test_a_shard_that_lacks_what_the_index_promises(checkpoint, tmp_path):
@@ -242,7 +242,7 @@ def test_a_shard_that_lacks_what_the_index_promises(checkpoint, tmp_path):
     tensors = load_file(shard)
     tensors.pop(f"{LAYER}.weight")
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(InvalidInputError, match=rf"lacks 1 tensors, {LAYER}\.weight"):
+    with pytest.raises(InvalidInputError, match=rf"lacks 1 tensor, {LAYER}\.weight"):
         CogVideoXTransformer3DModel.from_pretrained(tmp_path)
 
 

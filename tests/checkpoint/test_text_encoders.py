@@ -231,8 +231,8 @@ def spoil_norm(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop, rf"checkpoint lacks 1 tensors, {TENSOR}.weight_scale among them"),
-        (drop_norm, r"checkpoint lacks 1 tensors, encoder.final_layer_norm.weight among them"),
+        (drop, rf"checkpoint lacks 1 tensor, {TENSOR}.weight_scale among them"),
+        (drop_norm, r"checkpoint lacks 1 tensor, encoder.final_layer_norm.weight among them"),
         (reshape, rf"{TENSOR}.weight: got shape \[32, 31\], expected \[32, 32\]"),
         (widen, rf"{TENSOR}.weight_scale: got dtype F32, expected BF16"),
         (add, r"SelfAttention.r.packed.weight_scale is in the file but not in UMT5EncoderModel"),

@@ -479,8 +479,8 @@ TRANSFORMED = "transformer_blocks.1.ff.net.2"
 @pytest.mark.parametrize(
     ("tensor", "change", "message"),
     [
-        ("transform_left", None, "lacks 1 tensors, {name}"),
-        ("activation_clip", None, "lacks 1 tensors, {name}"),
+        ("transform_left", None, "lacks 1 tensor, {name}"),
+        ("activation_clip", None, "lacks 1 tensor, {name}"),
         ("transform_left", lambda t: t[:-1].contiguous(), r"{name}: got shape \["),
         ("transform_scale", lambda t: t[:-1].contiguous(), r"{name}: got shape \[255\], expected \[256\]"),
         ("transform_right", lambda t: t.half(), r"{name}: got dtype torch\.float16, expected torch\.bfloat16"),

@@ -20,7 +20,7 @@ from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_component
 from s2q.checkpoint.values import check_finite, value_problem
 from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
-from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.errors import InvalidInputError, UsageError, counted
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.core.input_path import stored_tensors
 from s2q.core.stored_form import file_dtypes, file_form, from_file, packed_dtypes
@@ -96,7 +96,9 @@ class S2QQuantizer(DiffusersQuantizer):
         """Refuse a checkpoint that lacks tensors; diffusers would only warn and leave them uninitialised."""
         if missing_keys:
             first = ", ".join(sorted(missing_keys)[:3])
-            raise InvalidInputError(f"checkpoint lacks {len(missing_keys)} tensors, {first} among them; {_REMEDY}")
+            raise InvalidInputError(
+                f"checkpoint lacks {counted(len(missing_keys), 'tensor')}, {first} among them; {_REMEDY}"
+            )
         return missing_keys
 
     def check_if_quantized_param(
@@ -210,7 +212,9 @@ class S2QQuantizer(DiffusersQuantizer):
             left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
             if left:
                 first = ", ".join(left[:3])
-                raise InvalidInputError(f"checkpoint lacks {len(left)} tensors, {first} among them; {_REMEDY}")
+                raise InvalidInputError(
+                    f"checkpoint lacks {counted(len(left), 'tensor')}, {first} among them; {_REMEDY}"
+                )
         check_finite(model, remedy=_REMEDY)
         self.prepare(model)
         return model

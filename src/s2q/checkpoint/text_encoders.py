@@ -20,7 +20,7 @@ from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_component
 from s2q.checkpoint.values import check_finite, value_problem
 from s2q.common.components import TEXT_ENCODER, encoder_state
-from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.errors import InvalidInputError, UsageError, counted
 from s2q.common.files import read_json
 from s2q.common.foreign_code import component_entries
 from s2q.common.fp32_modules import is_within, kept_in_fp32
@@ -136,7 +136,7 @@ def check_encoder_files(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> 
     expected, known = encoder_tensors(model), model.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise InvalidInputError(
-            f"checkpoint lacks {len(missing)} tensors, {', '.join(missing[:3])} among them; {_REMEDY}"
+            f"checkpoint lacks {counted(len(missing), 'tensor')}, {', '.join(missing[:3])} among them; {_REMEDY}"
         )
     if left := sorted(tensors.keys() - known.keys()):
         raise InvalidInputError(f"{left[0]} is in the file but not in {type(model).__name__}; {_REMEDY}")

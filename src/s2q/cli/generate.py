@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from s2q.cli import options
-from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.errors import InvalidInputError, UsageError, counted
 from s2q.common.files import atomic_write_bytes, atomic_write_json, slug
 from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.common.progress import Progress
@@ -93,7 +93,7 @@ def generate(
     if as_json:
         output.emit_json(record)
     else:
-        console.say(f"{out}: {len(videos)} videos and sheet.png")
+        console.say(f"{out}: {counted(len(videos), 'video')} and sheet.png")
         next_steps.say_next(next_steps.after_generate(model, source.folder, variant=variant))
 
 

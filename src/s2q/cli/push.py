@@ -33,6 +33,7 @@ def push(
     from huggingface_hub.utils import disable_progress_bars
 
     from s2q.cli import console, next_steps, output
+    from s2q.common.errors import counted
     from s2q.exports.push import push as run
     from s2q.models.hub import MAIN
     from s2q.report.formatting import format_bytes
@@ -59,7 +60,7 @@ def push(
     size = format_bytes(sum(result["files"].values()))
     what = "nothing was written" if result["commit"] is None else f"commit {result['commit'][:12]}"
     name = result["repo"] if result["branch"] == MAIN else f"{result['repo']}@{result['branch']}"
-    console.say(f"{name} ({visibility}): {len(result['files'])} files, {size}, {what}")
+    console.say(f"{name} ({visibility}): {counted(len(result['files']), 'file')}, {size}, {what}")
     if result["commit"] is None:
         for file, size_bytes in result["files"].items():
             console.say(f"would be written: {file} ({format_bytes(size_bytes)})")

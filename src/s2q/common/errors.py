@@ -170,6 +170,11 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, "1 video" or "2 videos"; nouns whose plural has an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, cut at 200 characters; its class name if it has none."""
     lines = str(error).strip().splitlines()

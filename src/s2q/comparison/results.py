@@ -36,7 +36,7 @@ def build_result(
         described[label]["error"] = why
     any_evaluation = next(iter(evaluations.values()), None)
     metrics = {} if any_evaluation is None else any_evaluation["metrics"]
-    few = f"{len(plan.prompts)} prompts are too few for statistics: no intervals, no p-values and no winner below"
+    few = f"too few prompts for statistics ({len(plan.prompts)}): no intervals, no p-values and no winner below"
     return {
         "schema_version": COMPARISON_VERSION,
         "model": plan.model,

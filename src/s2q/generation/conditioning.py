@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.common.errors import InvalidInputError, ResourceError, counted
 from s2q.common.versions import is_installed
 from s2q.generation.prompts import ConditioningImage, Prompt, prompt_list
 from s2q.generation.videos import still
@@ -77,8 +77,8 @@ def check_conditioning(pipe: Any, where: str, prompt: Prompt, *, num_frames: int
             raise InvalidInputError(f"{where}: {kind}: {name} does not take it; remove it")
         if video.count is not None and video.count < num_frames:
             raise InvalidInputError(
-                f"{where}: {kind}: {video.name} has {video.count} frames; expected at least the {num_frames} of the "
-                "video: use a longer one, or a smaller num_frames"
+                f"{where}: {kind}: {video.name} has {counted(video.count, 'frame')}; expected at least the "
+                f"{num_frames} of the video: use a longer one, or a smaller num_frames"
             )
 
 
