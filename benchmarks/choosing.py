@@ -69,7 +69,7 @@ def recipes_table(model: str) -> str:
     ]
     lines = table_head("recipe", head)
     for recipe in RECIPES:
-        planned = on_gpu(model, recipe, "bfloat16", TIMED_ON)
+        planned = on_gpu(model, recipe, "auto", TIMED_ON)
         hours = planned.estimate.gpu_hours
         errors = (measured_errors()[recipe].get(name) for name in FIELD_MODELS)
         cells = [
@@ -80,7 +80,8 @@ def recipes_table(model: str) -> str:
         ]
         lines.append(table_row(f"`{recipe}`", cells))
     full = planned.storage["full_precision_bytes"] / GIB
-    return "\n".join([*lines, "", f"{title} in bf16: {full:.2f} GiB. Hours are estimated, calibrating in bf16."])
+    note = "Hours are estimated, for calibration on a GPU; errors were measured with calibration in fp32."
+    return "\n".join([*lines, "", f"{title} in bf16: {full:.2f} GiB. {note}"])
 
 
 @cache

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from s2q.common.devices import (
-    calibrates_in_bf16,
     check_device,
+    has_bf16_products,
     overflow_remedy,
     peak_memory_bytes,
     reset_peak_memory,
 )
 from s2q.common.errors import InvalidInputError, ResourceError
-from s2q.selection.options import Calibration
 
 
 @pytest.fixture
@@ -79,18 +78,13 @@ def test_an_amd_gpu_is_a_cuda_device(gpus, monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "multiplies"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_gpus_that_multiply_bf16_calibrate_in_it(capability, multiplies, gpus, monkeypatch):
+def test_gpus_have_products_of_bf16_from_a_capability_on(capability, multiplies, gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     gpus(1)
-    assert calibrates_in_bf16("cuda") == calibrates_in_bf16(torch.device("cuda", 0)) == multiplies
-    assert calibrates_in_bf16("cuda:1")  # planned for, not here
-    assert not calibrates_in_bf16("cpu")
-    dtypes = {
-        precision: Calibration(precision=precision).dtype(torch.float16, device="cuda")
-        for precision in ("auto", "float32", "bfloat16", "model")
-    }
-    auto = torch.bfloat16 if multiplies else torch.float32
-    assert dtypes == {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16, "model": torch.float16}
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert has_bf16_products("cuda") == has_bf16_products(torch.device("cuda", 0)) == multiplies
+    assert has_bf16_products("cuda:1")  # planned for, not here
+    assert not has_bf16_products("cpu")
 
 
 def test_the_peak_of_memory_starts_anew():

@@ -103,6 +103,17 @@ def test_a_kernel_that_is_lost_between_the_passes_leaves_the_gradient_to_pytorch
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_gradients_of_a_row_that_is_not_finite_are_nan(value):
+    pytest.importorskip("triton")
+    x, upstream = draw(3, 8), draw(3, 8, seed=3)
+    x[1, 2] = value
+    for found in (learned(q, x, None, upstream, 4) for q in (kernels, qparams.fake_quantize_rows)):
+        assert not bool(found[0][1].isfinite().any())
+        assert bool(found[1][1].isnan().all())
+        assert bool(found[1][::2].isfinite().all())
+
+
 def test_kernels_take_no_rows():
     pytest.importorskip("triton")
     values, gradient = learned(kernels, torch.empty(0, 8), None, torch.empty(0, 8), 4)

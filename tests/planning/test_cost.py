@@ -4,6 +4,7 @@ import pytest
 import torch
 from step_memory import Case, planned_bytes, traced_bytes
 
+import s2q
 from quick import quick
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
@@ -31,7 +32,8 @@ def plan(model, *, recipe, overrides=(), machine=None):
 
 
 def machine(memory, **changes):
-    return Machine(**GPU | {"memory_bytes": memory} | changes)
+    described = GPU | {"memory_bytes": memory} | changes
+    return Machine(**described, bf16_products=described["device"] != "cpu")
 
 
 @pytest.mark.parametrize("recompute", quick([False, True], True))
@@ -150,6 +152,30 @@ def test_workers_need_memory_each():
     check_memory(planned)
     with pytest.raises(ResourceError, match=r"stage collect in 8 workers needs about .*; take fewer \(--workers\)"):
         check_memory(planned, workers=8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision", "bf16_products", "dtype"),
+    [
+        ("s2q-w4a6", "auto", True, torch.bfloat16),
+        ("s2q-w4a6", "auto", False, torch.float32),
+        ("s2q-plus-w8a8", "auto", True, torch.float32),
+        ("s2q-plus-w4a8", "auto", True, torch.bfloat16),
+        ("s2q-plus-w8a8", "bfloat16", False, torch.bfloat16),
+        ("s2q-w4a6", "float32", True, torch.float32),
+        ("s2q-w4a6", "model", True, torch.float16),
+    ],
+)
+def test_blocks_are_calibrated_in_bf16_where_its_error_is_small_beside_theirs(recipe, precision, bf16_products, dtype):
+    validated = load_recipe(recipe, overrides=[f"calibration.precision={precision}"])
+    assert validated.calibration_dtype(torch.float16, bf16_products=bf16_products) == dtype
+
+
+def test_a_gpu_by_name_is_planned_alike_wherever_the_plan_is_made(monkeypatch):
+    monkeypatch.setattr("s2q.planning.cost.has_bf16_products", lambda device: False)
+    assert s2q.plan("synthetic:cogvideox-2b", device="h100").calibration.dtype == "bfloat16"
+    assert s2q.plan("synthetic:cogvideox-2b", device="cuda", device_memory="24GB").calibration.dtype == "bfloat16"
+    assert s2q.plan("synthetic:cogvideox-2b").calibration.dtype == "float32"
 
 
 def test_calibration_in_bf16_takes_less():

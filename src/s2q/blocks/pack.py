@@ -15,6 +15,7 @@ from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import located
 from s2q.common.hooks import capture_inputs
+from s2q.common.torch_state import tf32_products
 from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight
 from s2q.core.tokens import token_grid
@@ -154,7 +155,8 @@ def _hessians(
         hessians[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
         return lambda x: hessians[name].add(source(x))
 
-    with memoization(), capture_inputs(work.teacher, {name: listen(name, source) for name, source in sources.items()}):
+    captured = capture_inputs(work.teacher, {name: listen(name, source) for name, source in sources.items()})
+    with tf32_products(work.task.device), memoization(), captured:
         for inputs in calls:
             work.teacher(**inputs)
     return hessians

@@ -24,7 +24,7 @@ from s2q.planning.resolve import LinearPlan
 
 logger = logging.getLogger(__name__)
 
-ARTEFACT_VERSION = 1
+ARTEFACT_VERSION = 2
 SMALL_PIECE = 1024
 """Tokens that parts without attention compute at a time after a block has run out of memory."""
 
@@ -144,6 +144,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
         "seed": task.seed,
         "mean_row": None if task.mean_row is None else task.mean_row.tolist(),
         "device": torch.device(task.device).type,
+        "dtype": str(task.calibration_dtype),
         "versions": package_versions(),
         **inputs,
     }

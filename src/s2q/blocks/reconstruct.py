@@ -1,8 +1,8 @@
 """One block with calibration: token importance, initial transforms, distillation, rounding, packing.
 
 Everything is computed from the block's weights and the inputs that the teacher's stream gives it, in fp32 unless the
-recipe asks for another dtype or a GPU computes in bf16; the targets are what a copy of the block in that dtype makes of
-these inputs. On a GPU, fp32 products are in TF32, except those of GPTQ's columns. The student contains the modulation
+recipe or the GPU asks for another dtype; the targets are what a copy of the block in that dtype makes of
+these inputs. On a GPU, fp32 products of passes and Hessians are in TF32. The student contains the modulation
 linears of the checkpoint.
 """
 
@@ -115,7 +115,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
     dtype = None
     if task.recipe.calibration.precision != "model":
-        dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype, device=task.device)
+        dtype = task.calibration_dtype
         convert(teacher, dtype, kept=kept_in_fp32(stream.transformer))
     cast = functools.partial(_on_device, device=task.device, dtype=dtype)
     stream.advance(task.index)

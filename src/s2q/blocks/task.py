@@ -4,10 +4,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import TeacherTransformer
+from s2q.common.devices import has_bf16_products
 from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
 from s2q.core.memo import PIECE
@@ -25,6 +27,7 @@ class BlockTask:
         block: The full-precision block as it is stored; never changed.
         seed: Seed of the run; the block's own is derived from it and the index.
         stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
+        dtype: That the block is calibrated in, as planned; None is that of the recipe on the device.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
         piece: Tokens that parts without attention then compute at a time.
         mean_row: Mean input of the modulation linears [in_features], which corrects their biases; None for none.
@@ -40,6 +43,7 @@ class BlockTask:
     device: str = "cpu"
     stream: TeacherStream | None = None
     checkpointed: bool = False
+    dtype: torch.dtype | None = None
     piece: int = PIECE
     mean_row: Tensor | None = None
     progress: Tick = lambda: None
@@ -49,6 +53,12 @@ class BlockTask:
         """Full name of the block; empty where it has no linear to quantize."""
         linear = next(iter(self.linears), None)
         return "" if linear is None else linear.name.removesuffix(f".{linear.inner_name}")
+
+    @property
+    def calibration_dtype(self) -> torch.dtype:
+        """The dtype that the block is calibrated in."""
+        own = next(self.block.parameters()).dtype
+        return self.dtype or self.recipe.calibration_dtype(own, bf16_products=has_bf16_products(self.device))
 
     @property
     def block_seed(self) -> int:

@@ -19,7 +19,7 @@ from s2q.common.processor import has_arithmetic
 logger = logging.getLogger(__name__)
 
 _BF16_CAPABILITY = (8, 0)
-"""Least compute capability of NVIDIA's GPUs with bf16 products; AMD's that PyTorch runs on report 9 and above."""
+"""Least compute capability of NVIDIA's GPUs with bf16 products."""
 _STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -65,11 +65,11 @@ def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
     return torch.float32
 
 
-def calibrates_in_bf16(device: str | torch.device) -> bool:
-    """Return whether blocks are calibrated in bf16 by default: on GPUs that multiply it; one that is not here does."""
+def has_bf16_products(device: str | torch.device) -> bool:
+    """Return whether a device is a GPU that multiplies bf16; AMD's are taken to do so, and those that are not here."""
     kind, index = torch.device(device).type, torch.device(device).index or 0
-    if kind == "cpu":
-        return False
+    if kind == "cpu" or torch.version.hip is not None:
+        return kind != "cpu"
     there = torch.cuda.is_available() and index < torch.cuda.device_count()
     return not there or torch.cuda.get_device_capability(index) >= _BF16_CAPABILITY
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from s2q.common.components import split_name
-from s2q.common.devices import device_memory_bytes, host_memory_bytes, lifetime_peak_bytes
+from s2q.common.devices import device_memory_bytes, has_bf16_products, host_memory_bytes, lifetime_peak_bytes
 from s2q.common.memory import Offload, page_locked_bytes
 from s2q.core.input_path import InputPath
 from s2q.core.memo import PIECE
@@ -151,6 +151,7 @@ class Machine:
         holds_weights: Whether this process has read the model's weights into memory of its own, where they stay.
         offload: How samples are generated there; "auto" takes the first way that fits, see `peaks.chosen_offload`.
         sharing: Workers that generate samples on the device side by side, each with the pipeline.
+        bf16_products: Whether the device is a GPU that multiplies bf16.
     """
 
     device: str
@@ -159,6 +160,7 @@ class Machine:
     holds_weights: bool = False
     offload: Offload | Literal["auto"] = "auto"
     sharing: int = 1
+    bf16_products: bool = False
 
     @property
     def process_bytes(self) -> int:
@@ -339,7 +341,7 @@ def calibration_cost(
 ) -> CalibrationCost:
     """Return what calibrating the blocks of a model in a dtype takes, and how."""
     group = recipe.calibration
-    blocks_dtype = group.dtype(dtype, device=machine.device)
+    blocks_dtype = recipe.calibration_dtype(dtype, bf16_products=machine.bf16_products)
     computed = blocks_dtype.itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     on_host = machine.is_host
@@ -380,15 +382,16 @@ def this_machine(
     """Describe the machine at hand, or one like it.
 
     The memory to plan for is that of the device if it is here, unless given; the budget is half of the host's memory,
-    at most 16 GB.
+    at most 16 GB. A GPU whose memory is given need not be here, and multiplies bf16.
     """
-    half = host_memory_bytes() // 2
+    elsewhere, half = memory_bytes is not None and torch.device(device).type != "cpu", host_memory_bytes() // 2
     return Machine(
         device=device,
         memory_bytes=device_memory_bytes(device) if memory_bytes is None else memory_bytes,
         memory_budget=min(DEFAULT_MEMORY_BUDGET, half) if memory_budget is None else memory_budget,
         offload=offload,
         sharing=sharing,
+        bf16_products=elsewhere or has_bf16_products(device),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from s2q.common.components import split_name
 from s2q.distillation.options import evaluations
 from s2q.planning.cost import BlockShape, CalibrationCost, Workload
-from s2q.planning.flop import Work, block_work, collecting_work, folding_work, forward_work, reaching_work
+from s2q.planning.flop import Work, block_work, collecting_work, folding_work, judging_work, reaching_work
 from s2q.planning.gpus import EXPECTED, FAST, SLOW, Rates
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
@@ -89,7 +89,8 @@ def stage_work(
     }
     if recipe.allocation is not None:  # every candidate of every linear is judged by a pass through its block
         passes = min(recipe.allocation.samples, cost.samples) * len(recipe.allocation.candidates)
-        judged = [forward_work(shape, dtype, quantized=True) * (passes * len(shape.inputs)) for shape in shapes]
+        computed = getattr(torch, cost.dtype)
+        judged = [judging_work(shape, computed) * (passes * len(shape.inputs)) for shape in shapes]
         stages["allocate"] = sum(judged, start=Work())
     return stages
 

@@ -187,6 +187,11 @@ def reaching_work(
     return sum(works, start=Work(transfer=paged))
 
 
+def judging_work(shape: BlockShape, dtype: torch.dtype) -> Work:
+    """Count a pass of one sample through a block with quantized linears, in the dtype of calibration."""
+    return _in_tf32(forward_work(shape, dtype, quantized=True))
+
+
 def _in_tf32(work: Work) -> Work:
     """Return work whose fp32 products run in TF32, as blocks are observed and distilled on a GPU."""
     return replace(work, products={"tf32" if rate == "fp32" else rate: flop for rate, flop in work.products.items()})

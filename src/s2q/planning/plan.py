@@ -50,10 +50,8 @@ from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
 
-LESS_MEMORY = (
-    "calibrate on smaller videos (calibration.num_frames, calibration.height, calibration.width of the recipe) or in "
-    "bf16 (calibration.precision=bfloat16, the default of GPUs), or use a larger device"
-)
+_SMALLER = "calibrate on smaller videos (calibration.num_frames, calibration.height, calibration.width of the recipe)"
+LESS_MEMORY = f"{_SMALLER} or in bf16 (calibration.precision=bfloat16), or use a larger device"
 """Remedy for lack of memory while calibrating."""
 
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -408,9 +406,11 @@ def check_memory(planned: Plan, *, workers: int = 1) -> None:
                 remedies.append("offload more (--offload group, offload=)")
             if planned.fitting_tokens is not None:
                 remedies.append(f"set calibration.max_tokens={planned.fitting_tokens}, which fits")
+            narrow = planned.calibration is not None and planned.calibration.dtype != "float32"
+            remedies.append(f"{_SMALLER}, or use a larger device" if narrow else LESS_MEMORY)
             raise ResourceError(
                 f"{planned.model}: stage {stage.name}{side_by_side} needs about {needed / 1e9:.1f} GB on {device}, "
-                f"which has {there / 1e9:.1f} GB; {'; '.join([*remedies, LESS_MEMORY])}"
+                f"which has {there / 1e9:.1f} GB; {'; '.join(remedies)}"
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
 
 from s2q.common.errors import short_repr
@@ -31,6 +32,7 @@ from s2q.selection.options import Calibration
 from s2q.transforms import Transforms
 
 MAX_NAME = 200
+_WIDE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +228,17 @@ class Recipe(BaseModel):
         measures = settings.shift != "none" or settings.scale == "smooth" or settings.low_rank > 0
         by_hessian = self.rounding.needs_hessian or self.modulation_rounding.needs_hessian
         return measures or self.learns or by_hessian or self.allocation is not None
+
+    def calibration_dtype(self, model: torch.dtype, *, bf16_products: bool) -> torch.dtype:
+        """Return the dtype that blocks are calibrated in, from that of the model.
+
+        "auto" is bf16 on a device that multiplies it (`devices.has_bf16_products`), and fp32 elsewhere and where
+        weights and inputs have 8 bits: the error of such a block is as small as that of computing it in bf16.
+        """
+        small = min(self.weights.num_bits, self.activations.num_bits if self.activations else _WIDE) >= _WIDE
+        auto = torch.bfloat16 if bf16_products and not small else torch.float32
+        named = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16, "model": model}
+        return named[self.calibration.precision]
 
     @property
     def corrects_biases(self) -> bool:

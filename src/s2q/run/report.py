@@ -73,6 +73,7 @@ class QuantizationReport:
             the checkpoint is generated and judged with them by default.
         text_encoders: Those that the recipe quantizes, as in the plan.
         offload: How calibration videos were generated, as in the plan.
+        calibration_dtype: That blocks were calibrated in, as in the plan; None for recipes that do not.
     """
 
     schema_version: int
@@ -100,6 +101,7 @@ class QuantizationReport:
     generation: Mapping[str, Any] = field(default_factory=dict)
     text_encoders: Sequence[Mapping[str, Any]] = ()
     offload: str | None = None
+    calibration_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.artefacts import CalibrationCall, call_inputs
@@ -116,7 +118,9 @@ class BlockRunner:
     def _task(self, transformer: TeacherTransformer, index: int, stream: TeacherStream | None) -> BlockTask:
         job = self.job
         task = block_task(transformer, index, job.recipe, seed=job.seed, device=job.machine.device, stream=stream)
-        return replace(task, checkpointed=job.cost is not None and job.cost.gradient_checkpointing)
+        if job.cost is None:
+            return task
+        return replace(task, checkpointed=job.cost.gradient_checkpointing, dtype=getattr(torch, job.cost.dtype))
 
     def _fingerprint(self, transformer: TeacherTransformer, task: BlockTask) -> str:
         selected = self.job.selected

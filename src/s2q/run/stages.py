@@ -335,6 +335,7 @@ class Run:
             generation=recipe.calibration.generation if recipe.calibrates else {},
             text_encoders=tuple(asdict(encoder) for encoder in planned.text_encoders),
             offload=planned.offload,
+            calibration_dtype=None if planned.calibration is None else planned.calibration.dtype,
         )
 
     def _timed(self, stage: str, work: Callable[[], _T]) -> _T:

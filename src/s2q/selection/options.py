@@ -3,9 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
-from s2q.common.devices import calibrates_in_bf16
 from s2q.common.options import Options
 from s2q.selection.selection import SELECTIONS
 
@@ -39,8 +36,8 @@ class Calibration(Options):
         trajectory_2: Model that generates the samples of a second transformer: in full precision, or with the first
             transformer quantized, which takes the first steps. The latter collects after the first is quantized.
         precision: The dtype that blocks are calibrated in: fp32, bf16, which takes half of the memory, or the model's
-            own; "auto" is bf16 on a GPU that has its arithmetic, and fp32 elsewhere. What is learned, and the sums
-            behind GPTQ, are in fp32 in all of them.
+            own; "auto" leaves it to the device and the widths (`Recipe.calibration_dtype`). What is learned, and the
+            sums behind GPTQ, are in fp32 in all of them.
     """
 
     n_prompts: int = field(default=10, metadata={"ge": 1})
@@ -60,11 +57,6 @@ class Calibration(Options):
     branches: Literal["alternate", "conditional", "both"] = "alternate"
     trajectory_2: Literal["full_precision", "quantized"] = "full_precision"
     precision: Literal["auto", "float32", "bfloat16", "model"] = "auto"
-
-    def dtype(self, model: torch.dtype, *, device: str) -> torch.dtype:
-        """Return the dtype that blocks are calibrated in on a device, from that of the model."""
-        auto = torch.bfloat16 if calibrates_in_bf16(device) else torch.float32
-        return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16, "model": model}[self.precision]
 
     @property
     def sizes(self) -> dict[str, int | None]:

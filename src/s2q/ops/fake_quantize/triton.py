@@ -7,6 +7,7 @@ in fp32 whatever the dtype of x. UNTUNED.
 Shapes: `M` rows, `n` values of a row.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2q.common.log import log_once
 from s2q.core import qparams
 from s2q.core.qparams import ClipRatio, code_range
 from s2q.ops.dispatch import KernelUnavailableError, launch
 from s2q.ops.fake_quantize.cpu import ratio_tensor, row_ratios
 from s2q.ops.triton_math import magnitude_bits, round_to_even
+
+logger = logging.getLogger(__name__)
 
 TILE = 2048
 """Values of a program at a time."""
@@ -60,7 +64,8 @@ class _FakeQuantizeRows(torch.autograd.Function):
             constants = row_constants(x.shape[-1], **ctx.options)
             try:
                 _launch(gradient_kernel, x, ratios, grad, amax, grad_x, grad_clip, constants=constants)
-            except KernelUnavailableError:  # after a forward pass that ran: PyTorch's operations have the same gradient
+            except KernelUnavailableError as error:  # after a forward pass that ran
+                log_once(logger, logging.WARNING, f"the gradient of fake_quantize runs in PyTorch: {error.reason}")
                 return *_reference_gradient(x, clip_ratio, grad, **ctx.options), None, None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
@@ -108,8 +113,11 @@ def _unrounded_scale(amax, ratio, QMAX: tl.constexpr, OF_WEIGHT: tl.constexpr):
 def _steps(x, scale, QMAX: tl.constexpr):
     """Return x / Δ, that rounded, and clamped; what is far outside is bounded before it is rounded."""
     steps = tl.div_rn(x, scale)
-    rounded = round_to_even(tl.minimum(tl.maximum(steps, -QMAX - 3.0), QMAX + 3.0))
-    return steps, rounded, tl.minimum(tl.maximum(rounded, -QMAX - 1.0), QMAX * 1.0)
+    near = tl.maximum(steps, -QMAX - 3.0, propagate_nan=tl.PropagateNan.ALL)
+    near = tl.minimum(near, QMAX + 3.0, propagate_nan=tl.PropagateNan.ALL)
+    rounded = round_to_even(near)
+    codes = tl.maximum(rounded, -QMAX - 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return steps, rounded, tl.minimum(codes, QMAX * 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -178,7 +186,8 @@ def gradient_kernel(
         slope = tl.where(rounded == codes, codes - steps, codes) * grad
         slopes += tl.sum(slope, axis=1, keep_dims=True)
         count += tl.sum((here & (tl.abs(x) == amax)).to(tl.int32), axis=1, keep_dims=True)
-    of_amax = tl.where(stored == 0.0, 0.0, slopes / QMAX)
+    not_finite = scale - scale  # 0, or NaN for a row with a NaN or an infinite value, whose gradients are NaN
+    of_amax = tl.where(stored == 0.0, 0.0, slopes / QMAX) + not_finite
     tl.store(grad_ratio_ptr + rows, of_amax * amax, mask=inside)
     share = tl.where(amax == 0.0, 0.0, of_amax * ratio / tl.maximum(count, 1).to(tl.float32))
     for start in range(0, LENGTH, COLUMNS):
@@ -188,5 +197,5 @@ def gradient_kernel(
         grad = tl.load(grad_ptr + rows * LENGTH + at, mask=here, other=0.0).to(tl.float32)
         _, rounded, codes = _steps(x, scale, QMAX)
         towards_x = tl.where(rounded == codes, grad, 0.0)
-        towards_x += tl.where(x == amax, share, tl.where(x == -amax, -share, 0.0))
+        towards_x += not_finite + tl.where(x == amax, share, tl.where(x == -amax, -share, 0.0))
         tl.store(grad_x_ptr + rows * LENGTH + at, towards_x, mask=here)
