@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
-# The quick tests, 10 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py). ALL=1 adds the slow ones
+# The quick tests, 7 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py). ALL=1 adds the slow ones
 # and those on emulated GPUs. Bytecode is kept whatever the environment says: many tests start interpreters.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)

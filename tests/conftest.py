@@ -11,6 +11,7 @@ import logging
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
+import signal
 import types
 
 import pytest
@@ -21,6 +22,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background job; processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("browser.harness")
 
