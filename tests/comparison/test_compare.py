@@ -319,6 +319,24 @@ def test_nothing_is_overwritten(whole, tiny_model, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_comparison_that_was_killed_in_its_first_file_starts_again(tiny_model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".compare_run.json.abc.partial").write_text("{")
+    assert run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1])["prompts"] == ["scene 0"]
+    assert list(out.rglob(".*")) == []
+
+
+def test_the_lock_of_a_finished_checkpoint_that_a_killed_comparison_left_is_removed(tiny_model, tmp_path):
+    out = tmp_path / "out"
+    run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1])
+    abandoned = out / "checkpoints" / ".rtn-w4a4.s2q-run"
+    abandoned.mkdir()
+    (abandoned / "lock").write_text("")
+    run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1])
+    assert list(out.rglob(".*")) == []
+
+
 def test_overwriting_replaces_a_comparison_and_nothing_else(tiny_model, tmp_path):
     out = tmp_path / "out"
     run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1])
