@@ -158,7 +158,7 @@ MODEL_OPTIONS = ("-m", "--reference", "--base", "")
 
 
 def prepare(option: str, word: str) -> None:
-    """Make what a word of a command names in the present folder, if the page leaves it to the reader."""
+    """Make what a word of a command names in the current folder, if the page leaves it to the reader."""
     if option == "--lora":
         _make_lora(word)
     elif option in ("--prompts", "--calibration-prompts"):
@@ -243,7 +243,7 @@ def match_recipes(pattern: str) -> bool:
 
 
 def run(command: Command) -> int:
-    """Run what stands in for a command in the present folder, and return its exit code."""
+    """Run a command with its stand-ins in the current folder; return its exit code."""
     program, *words = command.runnable()
     for option, word in inputs(words):
         prepare(option, word)

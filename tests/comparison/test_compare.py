@@ -327,12 +327,13 @@ def test_a_comparison_that_was_killed_in_its_first_file_starts_again(tiny_model,
     assert list(out.rglob(".*")) == []
 
 
-def test_the_lock_of_a_finished_checkpoint_that_a_killed_comparison_left_is_removed(tiny_model, tmp_path):
+def test_the_run_folder_of_a_finished_checkpoint_that_a_killed_comparison_left_is_removed(tiny_model, tmp_path):
     out = tmp_path / "out"
     run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1])
     abandoned = out / "checkpoints" / ".rtn-w4a4.s2q-run"
     abandoned.mkdir()
-    (abandoned / "lock").write_text("")
+    for name in ("lock", "events.jsonl", "transformer-0.json"):
+        (abandoned / name).write_text("")
     run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1])
     assert list(out.rglob(".*")) == []
 

@@ -25,6 +25,8 @@ from tiny_families import TEXT_TO_VIDEO
 FAMILIES_UNDER_TEST = [name for name in TEXT_TO_VIDEO if name not in ("cogvideox", "wan 2.2 a14b")]
 FAMILIES_UNDER_TEST += ["wan-animate image"]  # has no text to video
 OF_IMAGES = {"attn2.add_k_proj", "attn2.add_v_proj"}  # which text to video has none of: test_image_to_video.py
+WITH_SOFTMAX = [name for name in FAMILIES_UNDER_TEST if name != "sana-video"]
+"""Sums of linear attention: distillation/test_token_importance.py."""
 WHOLE_RUNS = quick(FAMILIES_UNDER_TEST, "wan", "hunyuanvideo 1.5", "mochi", "ltx-2", "wan-animate image")
 """Families of a whole run; checkpoint/test_dtype.py quantizes and runs each of them."""
 
@@ -170,10 +172,9 @@ def _streams(output):
     return output if isinstance(output, tuple) else (output,)
 
 
+@pytest.mark.parametrize("pipe", WITH_SOFTMAX, indirect=True)
 def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch):
     family, explicit = family_of(pipe.transformer), []
-    if family.linear_attention:
-        pytest.skip("linear attention has no softmax; test_sums_of_linear_attention_are_those_of_its_explicit_map")
 
     def by_hand(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_rest):
         logits = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)

@@ -183,10 +183,10 @@ def test_calibration_in_bf16_takes_less():
         plan(
             "synthetic:wan-14b",
             recipe="s2q-w4a6",
-            overrides=[f"calibration.precision={one}"],
+            overrides=[f"calibration.precision={precision}"],
             machine=machine(60 * 10**9),
         )
-        for one in ("float32", "auto")
+        for precision in ("float32", "auto")
     )
     assert half.calibration.activation_bytes < 0.7 * wide.calibration.activation_bytes
     assert half.calibration.step_bytes < wide.calibration.step_bytes  # transforms are in fp32 in both

@@ -133,13 +133,6 @@ def _lock(folder: Path, out: Path) -> int:
         os.close(descriptor)
 
 
-def clean_output(out: Path) -> None:
-    """Remove what a killed run left of an output, unless one is at work."""
-    if lock_folder(out).is_dir():
-        with contextlib.suppress(S2QError), output_lock(out):  # held by a run at work, or by this one
-            pass
-
-
 def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None) -> None:
     """Check, before any work, that the folder `out` may be written. Creates nothing; removes what killed runs left.
 
@@ -148,7 +141,9 @@ def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None
             other files: `--overwrite` never deletes a user's own. None: any folder may be replaced.
     """
     out = _absolute(out)
-    clean_output(out)
+    if lock_folder(out).is_dir():
+        with contextlib.suppress(S2QError), output_lock(out):  # held by a run at work, or by this one
+            pass
     if os.path.lexists(out):
         if not overwrite:
             raise InvalidInputError(f"{out} exists; pass --overwrite to replace it, or choose another name")

@@ -19,7 +19,7 @@ from torch import Tensor
 from s2q.common.differences import differences
 from s2q.common.files import atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
 from s2q.common.interrupts import finish_first
-from s2q.common.outputs import LOCK, OutputLock, output_lock
+from s2q.common.outputs import LOCK, OutputLock, lock_folder, output_lock
 
 _EVENTS = "events.jsonl"
 _INPUTS = "inputs.json"
@@ -135,3 +135,10 @@ def open_run_folder(out: Path) -> Iterator[RunFolder]:
             if not any(folder.path.glob("*.safetensors")):  # nothing to resume from
                 folder.clear()
             raise
+
+
+def remove_run_folder(out: Path) -> None:
+    """Remove the run folder of an output that is finished; BusyError if a run is at work in it."""
+    if lock_folder(out).is_dir():
+        with open_run_folder(out) as folder:
+            folder.clear()

@@ -16,6 +16,7 @@ from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
 from s2q.common.progress import Progress, silent
 from s2q.common.records import COMPARISON_VERSION
+from s2q.common.run_folder import remove_run_folder
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import RESULT, CompareFolder
@@ -183,7 +184,11 @@ def _dry(setup: Setup) -> dict[str, Any]:
 
 def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, report: Progress) -> dict[str, str]:
     """Quantize with every recipe that has no checkpoint here; return why recipes failed."""
-    todo = [entry for entry in setup.entries if entry.label in setup.planned and not _is_made(folder, entry)]
+    planned = [entry for entry in setup.entries if entry.label in setup.planned]
+    todo = [entry for entry in planned if not _is_made(folder, entry)]
+    for entry in planned:
+        if entry not in todo:
+            remove_run_folder(folder.checkpoint(entry.label))
     workers = settings.workers
     failures: dict[str, str] = {}
     units = [_units(entry.recipe) for entry in todo if entry.recipe is not None]

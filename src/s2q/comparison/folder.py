@@ -25,7 +25,7 @@ from s2q.checkpoint.manifest import MANIFEST, owned_files
 from s2q.common.differences import differences
 from s2q.common.errors import InvalidInputError, first_line, short_repr
 from s2q.common.files import PARTIAL, atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
-from s2q.common.outputs import Owned, check_owned, check_writable, clean_output, files_below, owned_matching
+from s2q.common.outputs import Owned, check_owned, check_writable, files_below, owned_matching
 from s2q.common.records import COMPARISON_VERSION
 from s2q.common.temporaries import remove_abandoned
 from s2q.comparison.setup import RunPlan
@@ -105,8 +105,6 @@ class CompareFolder:
                 plan = replace(plan, entries={**earlier["entries"], **plan.entries}, paths={**paths, **plan.paths})
         self.path.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.path.rglob(f".*{PARTIAL}"))
-        for checkpoint in self.path.glob("checkpoints/[!.]*"):  # no run will come back to one that is finished
-            clean_output(checkpoint)
         atomic_write_json(self.path / RUN, plan.to_dict())
         return plan
 
@@ -230,7 +228,7 @@ class CompareFolder:
         """Whether something is there; what a killed process had begun to write is nothing."""
         if not self.path.is_dir():
             return self.path.exists()
-        return any(not (path.name.startswith(".") and path.name.endswith(PARTIAL)) for path in self.path.iterdir())
+        return any(not path.match(f".*{PARTIAL}") for path in self.path.iterdir())
 
     def _clear(self) -> None:
         (self.path / RESULT).unlink(missing_ok=True)

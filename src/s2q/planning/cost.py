@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from s2q.common.arguments import dtype_name
 from s2q.common.components import split_name
 from s2q.common.devices import device_memory_bytes, has_bf16_products, host_memory_bytes, lifetime_peak_bytes
 from s2q.common.memory import Offload, page_locked_bytes
@@ -214,6 +215,12 @@ class CalibrationCost:
     image_tokens: int = 0
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch has it."""
+        named: torch.dtype = getattr(torch, self.dtype)
+        return named
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the activations in host memory."""
         return self.activation_bytes - self.disk_bytes
@@ -358,7 +365,7 @@ def calibration_cost(
         text_tokens=workload.text_tokens,
         image_tokens=workload.image_tokens,
         samples=samples,
-        dtype=str(blocks_dtype).removeprefix("torch."),
+        dtype=dtype_name(blocks_dtype),
         step_bytes=step,
         gradient_checkpointing=checkpointed,
         activation_bytes=activations,

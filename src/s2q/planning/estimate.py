@@ -68,7 +68,7 @@ def stage_work(
             shape,
             recipe,
             workload=workload,
-            dtype=getattr(torch, cost.dtype),
+            dtype=cost.torch_dtype,
             samples=cost.samples,
             checkpointed=cost.gradient_checkpointing,
             epochs=epochs,
@@ -89,8 +89,7 @@ def stage_work(
     }
     if recipe.allocation is not None:  # every candidate of every linear is judged by a pass through its block
         passes = min(recipe.allocation.samples, cost.samples) * len(recipe.allocation.candidates)
-        computed = getattr(torch, cost.dtype)
-        judged = [judging_work(shape, computed) * (passes * len(shape.inputs)) for shape in shapes]
+        judged = [judging_work(shape, cost.torch_dtype) * (passes * len(shape.inputs)) for shape in shapes]
         stages["allocate"] = sum(judged, start=Work())
     return stages
 

@@ -157,7 +157,7 @@ def block_work(
         epochs: Epochs of distillation and of refinement, each with the number of times that it looks at all samples.
     """
     plain = _in_tf32(forward_work(shape, dtype))
-    quantized = _in_tf32(forward_work(shape, dtype, quantized=True))
+    quantized = judging_work(shape, dtype)
     step = _in_tf32(step_work(shape, dtype, checkpointed=checkpointed))
     sample = Work(transfer=shape.sample_bytes(dtype.itemsize, target_itemsize=dtype.itemsize))
     judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between

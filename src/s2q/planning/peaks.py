@@ -130,7 +130,7 @@ def stage_peaks(
 
 def blocks_bytes(recipe: Recipe, shapes: Sequence[BlockShape], cost: CalibrationCost, *, machine: Machine) -> int:
     """Return what the device holds at most while a block is calibrated."""
-    itemsize, checkpointed = getattr(torch, cost.dtype).itemsize, cost.gradient_checkpointing
+    itemsize, checkpointed = cost.torch_dtype.itemsize, cost.gradient_checkpointing
     return max(
         shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize, on_host=machine.is_host)
         for shape in shapes

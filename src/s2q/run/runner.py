@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.artefacts import CalibrationCall, call_inputs
@@ -120,7 +118,7 @@ class BlockRunner:
         task = block_task(transformer, index, job.recipe, seed=job.seed, device=job.machine.device, stream=stream)
         if job.cost is None:
             return task
-        return replace(task, checkpointed=job.cost.gradient_checkpointing, dtype=getattr(torch, job.cost.dtype))
+        return replace(task, checkpointed=job.cost.gradient_checkpointing, dtype=job.cost.torch_dtype)
 
     def _fingerprint(self, transformer: TeacherTransformer, task: BlockTask) -> str:
         selected = self.job.selected

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import CalibrationSets, select
@@ -202,7 +200,7 @@ def _blocks(runner: BlockRunner, slices: Mapping[int, CalibrationSets], progress
             changed = None if distillation is None else replace(distillation, epochs=epochs)
             recipe = runner.job.recipe.model_copy(update={"distillation": changed})
             task = block_task(transformer, first, recipe, seed=0, device=stream.device, stream=stream)
-            planned = {"checkpointed": cost.gradient_checkpointing, "dtype": getattr(torch, cost.dtype)}
+            planned = {"checkpointed": cost.gradient_checkpointing, "dtype": cost.torch_dtype}
             taken[samples, epochs] = _seconds(replace(task, **planned))
             stream.close()
             case_done()

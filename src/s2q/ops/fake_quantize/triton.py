@@ -88,19 +88,31 @@ def _launch(kernel: Any, x: Tensor, ratios: Tensor, *others: Tensor, constants: 
 
 
 @triton.jit
+def _tile(start, rows, inside, LENGTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of the next columns of rows, and which of them are there; both [ROWS, COLUMNS]."""
+    columns = start + tl.arange(0, COLUMNS)[None, :]
+    return rows * LENGTH + columns, inside & (columns < LENGTH)
+
+
+@triton.jit
+def _load(pointer, at, here):
+    """Values at offsets in fp32; 0 where there are none."""
+    return tl.load(pointer + at, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _largest(x_ptr, rows, inside, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """Largest magnitudes of rows, fp32 [ROWS, 1]; NaN for a row with one."""
     bits = tl.zeros((ROWS, 1), dtype=tl.int32)
     for start in range(0, LENGTH, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)[None, :]
-        x = tl.load(x_ptr + rows * LENGTH + at, mask=inside & (at < LENGTH), other=0.0).to(tl.float32)
-        bits = tl.maximum(bits, tl.max(magnitude_bits(x), axis=1, keep_dims=True))
+        at, here = _tile(start, rows, inside, LENGTH, COLUMNS)
+        bits = tl.maximum(bits, tl.max(magnitude_bits(_load(x_ptr, at, here)), axis=1, keep_dims=True))
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _unrounded_scale(amax, ratio, QMAX: tl.constexpr, OF_WEIGHT: tl.constexpr):
-    """Δ as it is stored, which is 0 where all values are, or underflows; bf16 for a weight, rounded half to even."""
+def _row_scale(amax, ratio, QMAX: tl.constexpr, OF_WEIGHT: tl.constexpr):
+    """Scale Δ of each row, rounded to bf16 for a weight; 0 where all values are 0 or Δ underflows."""
     scale = tl.div_rn(amax * ratio, QMAX * 1.0)
     if OF_WEIGHT:
         bits = scale.to(tl.int32, bitcast=True)
@@ -139,14 +151,12 @@ def fake_quantize_kernel(
     inside = rows < num_rows
     amax = _largest(x_ptr, rows, inside, LENGTH, COLUMNS, ROWS)
     tl.store(amax_ptr + rows, amax, mask=inside)
-    scale = _unrounded_scale(amax, tl.load(ratio_ptr + rows * ratio_stride, mask=inside, other=1.0), QMAX, OF_WEIGHT)
+    scale = _row_scale(amax, tl.load(ratio_ptr + rows * ratio_stride, mask=inside, other=1.0), QMAX, OF_WEIGHT)
     scale = tl.where(scale == 0.0, 1.0, scale)
     for start in range(0, LENGTH, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)[None, :]
-        here = inside & (at < LENGTH)
-        x = tl.load(x_ptr + rows * LENGTH + at, mask=here, other=0.0).to(tl.float32)
-        _, _, codes = _steps(x, scale, QMAX)
-        tl.store(out_ptr + rows * LENGTH + at, codes * scale, mask=here)
+        at, here = _tile(start, rows, inside, LENGTH, COLUMNS)
+        _, _, codes = _steps(_load(x_ptr, at, here), scale, QMAX)
+        tl.store(out_ptr + at, codes * scale, mask=here)
 
 
 @triton.jit
@@ -173,15 +183,13 @@ def gradient_kernel(
     inside = rows < num_rows
     amax = tl.load(amax_ptr + rows, mask=inside, other=0.0)
     ratio = tl.load(ratio_ptr + rows * ratio_stride, mask=inside, other=1.0)
-    stored = _unrounded_scale(amax, ratio, QMAX, OF_WEIGHT)
+    stored = _row_scale(amax, ratio, QMAX, OF_WEIGHT)
     scale = tl.where(stored == 0.0, 1.0, stored)
     slopes = tl.zeros((ROWS, 1), dtype=tl.float32)
     count = tl.zeros((ROWS, 1), dtype=tl.int32)
     for start in range(0, LENGTH, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)[None, :]
-        here = inside & (at < LENGTH)
-        x = tl.load(x_ptr + rows * LENGTH + at, mask=here, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + rows * LENGTH + at, mask=here, other=0.0).to(tl.float32)
+        at, here = _tile(start, rows, inside, LENGTH, COLUMNS)
+        x, grad = _load(x_ptr, at, here), _load(grad_ptr, at, here)
         steps, rounded, codes = _steps(x, scale, QMAX)
         slope = tl.where(rounded == codes, codes - steps, codes) * grad
         slopes += tl.sum(slope, axis=1, keep_dims=True)
@@ -191,11 +199,9 @@ def gradient_kernel(
     tl.store(grad_ratio_ptr + rows, of_amax * amax, mask=inside)
     share = tl.where(amax == 0.0, 0.0, of_amax * ratio / tl.maximum(count, 1).to(tl.float32))
     for start in range(0, LENGTH, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)[None, :]
-        here = inside & (at < LENGTH)
-        x = tl.load(x_ptr + rows * LENGTH + at, mask=here, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + rows * LENGTH + at, mask=here, other=0.0).to(tl.float32)
+        at, here = _tile(start, rows, inside, LENGTH, COLUMNS)
+        x, grad = _load(x_ptr, at, here), _load(grad_ptr, at, here)
         _, rounded, codes = _steps(x, scale, QMAX)
         towards_x = tl.where(rounded == codes, grad, 0.0)
         towards_x += not_finite + tl.where(x == amax, share, tl.where(x == -amax, -share, 0.0))
-        tl.store(grad_x_ptr + rows * LENGTH + at, towards_x, mask=here)
+        tl.store(grad_x_ptr + at, towards_x, mask=here)
