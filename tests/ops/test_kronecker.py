@@ -82,23 +82,69 @@ def products(parts, upstream):
 
 @pytest.mark.parametrize(("n1", "n2"), [(12, 16), (24, 32), (13, 33), (64, 48)])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_compiled_products_have_the_bits_of_the_operations(n1, n2, scaled, threads, multiplies, monkeypatch):
-    size, before = n1 * n2, torch.get_num_threads()
-    parts = [draw(3, 7, size), draw(size, seed=1) if scaled else None, draw(n1, n1, seed=2), draw(n2, n2, seed=3).t()]
-    upstream = draw(3, 7, size, seed=4)
-    try:
-        torch.set_num_threads(threads)
-        compiled = products(parts, upstream)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("rows", [7, 70])
+def test_compiled_products_have_the_bits_of_the_operations_and_their_gradients(
+    n1, n2, scaled, rows, multiplies, monkeypatch
+):
+    size = n1 * n2
+    parts = [draw(3, rows, size), draw(size, seed=1) if scaled else None]
+    parts += [draw(n1, n1, seed=2), draw(n2, n2, seed=3).t()]
+    upstream = draw(3, rows, size, seed=4)
+    compiled = products(parts, upstream)
     monkeypatch.setattr(kronecker, "passes", lambda: None)
-    for found, expected in zip(compiled, products(parts, upstream), strict=True):
+    specified = products(parts, upstream)
+    exact = 3  # without and with a gradient, and the gradient towards x; the others are sums over rows
+    for found, expected in zip(compiled[:exact], specified[:exact], strict=True):
         assert torch.equal(found, expected)
+    for found, expected in zip(compiled[exact:], specified[exact:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [31, 1100])
+def test_the_number_of_threads_changes_no_bit_of_compiled_products(rows, multiplies):
+    parts, upstream, before = [draw(rows, 12 * 16), None, draw(12, 12), draw(16, 16)], draw(rows, 12 * 16), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            before.append(products(parts, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*before, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
+def test_compiled_gradients_are_those_that_are_asked_for(wanted, multiplies):
+    parts = [draw(5, 12 * 16), draw(12 * 16, seed=1), draw(12, 12, seed=2), draw(16, 16, seed=3)]
+    upstream = draw(5, 12 * 16, seed=4).float()
+    every = products(parts, upstream)[2:]
+    x, scale, left, right = parts = [
+        part.float().requires_grad_(asked) for part, asked in zip(parts, wanted, strict=True)
+    ]
+    product = scaled_kronecker(x, scale=scale, left=left, right=right)
+    if any(wanted):
+        product.backward(upstream)
+    for part, asked, expected in zip(parts, wanted, every, strict=True):
+        assert (part.grad is not None) == asked
+        assert not asked or torch.equal(part.grad, expected)
 
 
 def test_products_of_other_bits_are_left_to_pytorch(multiplies, monkeypatch):
     monkeypatch.setattr(fused.Passes, "kronecker", lambda *arguments, half, out: (half.zero_(), out.zero_()))
+    assert not fused._products_equal_torch(fused.passes())
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_products_with_another_gradient_are_left_to_pytorch(which, multiplies, monkeypatch):
+    compiled = fused.Passes.kronecker_gradient
+
+    def wrong(*arguments, **options):
+        sums = list(compiled(*arguments, **options))
+        sums[which] = sums[which] + 1e-4 * sums[which].abs().max()
+        return tuple(sums)
+
+    monkeypatch.setattr(fused.Passes, "kronecker_gradient", wrong)
     assert not fused._products_equal_torch(fused.passes())
 
 

@@ -85,8 +85,8 @@ void s2q_scale_bf16(const bf16 *x, int64_t x_stride, const float *shift, const f
 QUANTIZE(bf16)
 QUANTIZE(f32)
 
-/* Fake quantization of rows x [M, I] by their largest magnitudes, and its gradients: ops.fake_quantize, which sums
-   `slope` [M, I] by row into `sums` [M] between the two passes. The scales of a weight are rounded to bf16. */
+/* Fake quantization of rows x [M, I] by their largest magnitudes, and its gradients: ops.fake_quantize. The scales of a
+   weight are rounded to bf16. */
 static float row_scale(float amax, float clip, float qmax, int64_t of_weight) {
     float scale = amax * clip / qmax;
     return of_weight ? wide_bf16(narrow_bf16(scale)) : scale;
@@ -120,24 +120,33 @@ void s2q_fake_quantize(const float *x, const float *clip, int64_t clip_stride, f
     }
 }
 
-static void fake_row_gradient(const float *restrict x, const float *restrict grad, float scale, float qmax,
-                              float *restrict grad_x, float *restrict slope, int64_t columns) {
-    for (int64_t j = 0; j < columns; j++) {
-        float ratio = x[j] / scale, rounded = rintf(ratio), code = rounded;
-        code = code > qmax ? qmax : code;
-        code = code < -qmax - 1 ? -qmax - 1 : code;
-        float clamped = rounded == code ? 0.0f : 1.0f;
-        grad_x[j] = grad[j] - grad[j] * clamped;
-        slope[j] = (code - ratio + ratio * clamped) * grad[j];
-    }
-}
+#define TERMS 256 /* terms of a gradient that are summed at a time, in as many places as a vector of fp32 has bytes / 4 */
+typedef float v16f __attribute__((vector_size(64)));
 
-void s2q_fake_quantize_gradient(const float *x, const float *grad, const float *scale, float qmax, float *grad_x,
-                                float *slope, int64_t rows, int64_t columns) {
-    PARALLEL
-    for (int64_t i = 0; i < rows; i++)
-        fake_row_gradient(x + i * columns, grad + i * columns, scale[i], qmax, grad_x + i * columns,
-                          slope + i * columns, columns);
+/* Write the gradient towards x through its codes; return that towards the scale, a sum of one order everywhere. */
+static float fake_row_gradient(const float *restrict x, const float *restrict grad, float scale, float qmax,
+                               float *restrict grad_x, int64_t columns) {
+    v16f sums = {0};
+    for (int64_t first = 0; first < columns; first += TERMS) {
+        union {
+            float value[TERMS];
+            v16f vector[TERMS / 16];
+        } terms;
+        int64_t size = columns - first < TERMS ? columns - first : TERMS, vectors = (size + 15) / 16;
+        for (int64_t j = 0; j < size; j++) {
+            float ratio = x[first + j] / scale, rounded = rintf(ratio), code = rounded, slope = grad[first + j];
+            code = code > qmax ? qmax : code;
+            code = code < -qmax - 1 ? -qmax - 1 : code;
+            float clamped = rounded == code ? 0.0f : 1.0f;
+            grad_x[first + j] = slope - slope * clamped;
+            terms.value[j] = (code - ratio + ratio * clamped) * slope;
+        }
+        for (int64_t j = size; j < 16 * vectors; j++) terms.value[j] = 0;
+        for (int64_t v = 0; v < vectors; v++) sums += terms.vector[v];
+    }
+    float sum = 0;
+    for (int k = 0; k < 8; k++) sum += sums[k] + sums[k + 8];
+    return sum;
 }
 
 /* The gradient of the largest magnitude is shared by all values of that magnitude. */
@@ -148,14 +157,17 @@ static void add_to_largest(const float *restrict x, float amax, float grad, floa
     for (int64_t j = 0; j < columns; j++) grad_x[j] += x[j] == amax ? share : x[j] == -amax ? -share : 0.0f;
 }
 
-void s2q_scale_gradient(const float *x, const float *amax, const float *sums, const float *clip, int64_t clip_stride,
-                        float qmax, int64_t of_weight, float *grad_x, float *grad_clip, int64_t rows, int64_t columns) {
+void s2q_fake_quantize_gradient(const float *x, const float *grad, const float *amax, const float *scale,
+                                const float *clip, int64_t clip_stride, float qmax, int64_t of_weight, float *grad_x,
+                                float *grad_clip, int64_t rows, int64_t columns) {
     PARALLEL
     for (int64_t i = 0; i < rows; i++) {
+        int64_t at = i * columns;
         float ratio = clip[i * clip_stride];
-        float grad = row_scale(amax[i], ratio, qmax, of_weight) == 0 ? 0 : sums[i] / qmax;
-        grad_clip[i] = grad * amax[i];
-        if (amax[i] != 0) add_to_largest(x + i * columns, amax[i], grad * ratio, grad_x + i * columns, columns);
+        float sum = fake_row_gradient(x + at, grad + at, scale[i], qmax, grad_x + at, columns);
+        float towards = row_scale(amax[i], ratio, qmax, of_weight) == 0 ? 0 : sum / qmax;
+        grad_clip[i] = towards * amax[i];
+        if (amax[i] != 0) add_to_largest(x + at, amax[i], towards * ratio, grad_x + at, columns);
     }
 }
 
@@ -267,19 +279,21 @@ void s2q_values(const uint8_t *packed, const int8_t *levels, const int8_t *scale
 NEAREST(bf16)
 NEAREST(f32)
 
-/* Rows x [M, n1 n2] times diag(scale) (left ⊗ right), and its gradients: ops.kronecker. A row stays in the first cache.
-   Sums are in order with one rounding a term, as those of MKL are; orders are at most ORDER. */
+/* Rows x [M, n1 n2] times diag(scale) (left ⊗ right), and its gradients: ops.kronecker. Rows stay in the first caches.
+   Sums of a row are in order with one rounding a term, as those of MKL are; orders are at most ORDER. */
 #ifdef __AVX512F__
 #include <immintrin.h>
 #define ORDER 64
+#define BLOCK 16384 /* values of the rows whose products are summed at a time, at least one row */
 #define INLINE static inline __attribute__((always_inline))
 
-/* `count` rows and 16 `wide` columns, the last `tail` of them masked, of a product. */
+/* `count` rows and 16 `wide` columns, the last `tail` of them masked, of a product, added to `out` or written. */
 INLINE void product_block(const float *a, int64_t a_row, int64_t a_step, const float *b, float *out, int64_t inner,
-                          int64_t columns, int count, int wide, __mmask16 tail) {
+                          int64_t columns, int count, int wide, __mmask16 tail, int add) {
     __m512 sums[8][2];
     for (int r = 0; r < count; r++)
-        for (int c = 0; c < wide; c++) sums[r][c] = _mm512_setzero_ps();
+        for (int c = 0; c < wide; c++)
+            sums[r][c] = _mm512_maskz_loadu_ps(add ? c == wide - 1 ? tail : 0xFFFF : 0, out + r * columns + 16 * c);
     for (int64_t k = 0; k < inner; k++) {
         __m512 values[2];
         for (int c = 0; c < wide; c++)
@@ -296,11 +310,12 @@ INLINE void product_block(const float *a, int64_t a_row, int64_t a_step, const f
 
 #define PRODUCT_ROWS(COUNT, WIDE)                                                                                      \
     for (; r + COUNT <= rows; r += COUNT)                                                                              \
-        product_block(a + r * a_row, a_row, a_step, b + j, out + r * columns + j, inner, columns, COUNT, WIDE, tail);
+        product_block(a + r * a_row, a_row, a_step, b + j, out + r * columns + j, inner, columns, COUNT, WIDE, tail,   \
+                      add);
 
-/* out[r][j] = sum over k of a[r * a_row + k * a_step] * b[k][j] */
-static void product(const float *a, int64_t a_row, int64_t a_step, const float *b, float *out, int64_t rows,
-                    int64_t inner, int64_t columns) {
+/* out[r][j] = sum over k of a[r * a_row + k * a_step] * b[k][j], on top of what is there or not */
+INLINE void product_to(const float *a, int64_t a_row, int64_t a_step, const float *b, float *out, int64_t rows,
+                       int64_t inner, int64_t columns, int add) {
     for (int64_t j = 0; j < columns; j += 32) {
         int64_t r = 0, left = columns - j, last = left > 16 ? left - 16 : left;
         __mmask16 tail = last >= 16 ? 0xFFFF : (__mmask16)((1u << last) - 1);
@@ -316,6 +331,56 @@ static void product(const float *a, int64_t a_row, int64_t a_step, const float *
     }
 }
 
+static void product(const float *a, int64_t a_row, int64_t a_step, const float *b, float *out, int64_t rows,
+                    int64_t inner, int64_t columns) {
+    product_to(a, a_row, a_step, b, out, rows, inner, columns, 0);
+}
+
+static void add_product(const float *a, int64_t a_row, int64_t a_step, const float *b, float *out, int64_t rows,
+                        int64_t inner, int64_t columns) {
+    product_to(a, a_row, a_step, b, out, rows, inner, columns, 1);
+}
+
+/* `high` rows of a and `wide` of b: sums over m and j of a[m][i][j] * b[m][k][j] are added to sums[i * n1 + k]. */
+INLINE void pairs_block(const float *a, const float *b, float *sums, int64_t rows, int64_t n1, int64_t n2, int high,
+                        int wide) {
+    __m512 lanes[4][4];
+    for (int i = 0; i < high; i++)
+        for (int k = 0; k < wide; k++) lanes[i][k] = _mm512_setzero_ps();
+    for (int64_t m = 0; m < rows; m++, a += n1 * n2, b += n1 * n2) {
+        for (int64_t j = 0; j < n2; j += 16) {
+            __mmask16 tail = n2 - j >= 16 ? 0xFFFF : (__mmask16)((1u << (n2 - j)) - 1);
+            __m512 values[4];
+            for (int k = 0; k < wide; k++) values[k] = _mm512_maskz_loadu_ps(tail, b + k * n2 + j);
+            for (int i = 0; i < high; i++) {
+                __m512 factors = _mm512_maskz_loadu_ps(tail, a + i * n2 + j);
+                for (int k = 0; k < wide; k++) lanes[i][k] = _mm512_fmadd_ps(factors, values[k], lanes[i][k]);
+            }
+        }
+    }
+    for (int i = 0; i < high; i++)
+        for (int k = 0; k < wide; k++) sums[i * n1 + k] += _mm512_reduce_add_ps(lanes[i][k]);
+}
+
+#define PAIRS_COLUMNS(HIGH, WIDE)                                                                                      \
+    for (; k + WIDE <= n1; k += WIDE)                                                                                  \
+        pairs_block(a + i * n2, b + k * n2, sums + i * n1 + k, rows, n1, n2, HIGH, WIDE);
+
+/* sums[i][k] += sum over rows m and columns j of a[m][i][j] * b[m][k][j] */
+static void add_pairs(const float *a, const float *b, float *sums, int64_t rows, int64_t n1, int64_t n2) {
+    int64_t i = 0;
+    for (; i + 4 <= n1; i += 4) {
+        int64_t k = 0;
+        PAIRS_COLUMNS(4, 4)
+        PAIRS_COLUMNS(4, 1)
+    }
+    for (; i < n1; i++) {
+        int64_t k = 0;
+        PAIRS_COLUMNS(1, 4)
+        PAIRS_COLUMNS(1, 1)
+    }
+}
+
 void s2q_kronecker(const float *x, const float *scale, const float *left, const float *right, float *half, float *out,
                    int64_t n1, int64_t n2, int64_t rows, int64_t columns) {
     PARALLEL
@@ -328,20 +393,40 @@ void s2q_kronecker(const float *x, const float *scale, const float *left, const 
     }
 }
 
-/* `right` is transposed; `rotated` is left times the gradient, `of_scale` has the terms of the scale's gradient. */
-void s2q_kronecker_gradient(const float *x, const float *scale, const float *left, const float *right,
-                            const float *grad, float *rotated, float *scaled, float *grad_x, float *of_scale,
-                            int64_t n1, int64_t n2, int64_t rows, int64_t columns) {
-    PARALLEL
+/* Gradients of some rows: towards x, where `grad_x` is not null, and those of the factors, added to their sums. */
+static void kronecker_gradient_block(const float *x, const float *scale, const float *left, const float *right,
+                                     const float *half, const float *grad, float *grad_x, float *of_left,
+                                     float *of_right, float *of_scale, int64_t n1, int64_t n2, int64_t rows) {
+    float scaled[BLOCK], rotated[BLOCK], back[ORDER * ORDER];
+    int64_t columns = n1 * n2;
     for (int64_t i = 0; i < rows; i++) {
-        const float *row = x + i * columns;
-        float back[ORDER * ORDER];
-        product(left, n1, 1, grad + i * columns, rotated + i * columns, n1, n1, n2);
-        product(rotated + i * columns, n2, 1, right, back, n1, n2, n2);
-        for (int64_t j = 0; j < columns; j++) {
-            scaled[i * columns + j] = row[j] * scale[j];
-            of_scale[i * columns + j] = back[j] * row[j];
-            grad_x[i * columns + j] = back[j] * scale[j];
+        int64_t at = i * columns;
+        for (int64_t j = 0; j < columns; j++) scaled[at + j] = x[at + j] * scale[j];
+        product(left, n1, 1, grad + at, rotated + at, n1, n1, n2);
+        product(rotated + at, n2, 1, right, back, n1, n2, n2);
+        for (int64_t j = 0; j < columns; j++) of_scale[j] += back[j] * x[at + j];
+        if (grad_x)
+            for (int64_t j = 0; j < columns; j++) grad_x[at + j] = back[j] * scale[j];
+    }
+    add_pairs(half, grad, of_left, rows, n1, n2);
+    add_product(scaled, 1, n2, rotated, of_right, n2, rows * n1, n2);
+}
+
+/* `right` is transposed; `half` is that of s2q_kronecker. `sums` [pieces, n1 n1 + n2 n2 + I] has the gradients towards left, right and scale
+   of `piece` rows each, so that they do not depend on the number of threads. */
+void s2q_kronecker_gradient(const float *x, const float *scale, const float *left, const float *right,
+                            const float *half, const float *grad, float *grad_x, float *sums, int64_t piece,
+                            int64_t n1, int64_t n2, int64_t rows, int64_t columns) {
+    int64_t pieces = (rows + piece - 1) / piece, width = n1 * n1 + n2 * n2 + columns, step = BLOCK / columns;
+    _Pragma("omp parallel for schedule(static) if (rows * columns > 32768)")
+    for (int64_t p = 0; p < pieces; p++) {
+        float *of_left = sums + p * width, *of_right = of_left + n1 * n1, *of_scale = of_right + n2 * n2;
+        int64_t end = (p + 1) * piece < rows ? (p + 1) * piece : rows;
+        memset(of_left, 0, width * sizeof(float));
+        for (int64_t i = p * piece; i < end; i += step) {
+            int64_t at = i * columns, count = end - i < step ? end - i : step;
+            kronecker_gradient_block(x + at, scale, left, right, half + at, grad + at, grad_x ? grad_x + at : 0, of_left,
+                                     of_right, of_scale, n1, n2, count);
         }
     }
 }

@@ -52,11 +52,14 @@ def _product(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor
     if compiled is None or left is None or right is None:
         half = _times_right(x, scale, left, right)
         return half, (half if left is None else _times_left(left.t(), half)).reshape(x.shape)
-    rows, orders = x.reshape(-1, x.shape[-1]).contiguous(), (left.shape[0], right.shape[0])
-    half, out = torch.empty_like(rows), torch.empty_like(rows)
-    factors = left.contiguous(), right.contiguous()
+    rows, orders = _rows(x), (left.shape[0], right.shape[0])
+    half, out, factors = torch.empty_like(rows), torch.empty_like(rows), (left.contiguous(), right.contiguous())
     compiled.kronecker(rows, vector(scale, rows.shape[1], missing=1.0), *factors, half=half, out=out)
     return half.view(*x.shape[:-1], *orders), out.view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _compiled(x: Tensor, left: Tensor | None, right: Tensor | None) -> Passes | None:
@@ -110,17 +113,11 @@ class _ScaledKronecker(torch.autograd.Function):
         grid = factor_orders(x.shape[-1], left, right)
         compiled = _compiled(x, left, right)
         if compiled is not None:
-            rows, grad = x.reshape(-1, x.shape[-1]).contiguous(), grad.reshape(-1, x.shape[-1]).contiguous()
             scales, factors = vector(scale, x.shape[-1], missing=1.0), (left.contiguous(), right.contiguous())
-            rotated, scaled, grad_x, of_scale = compiled.kronecker_gradient(rows, scales, *factors, grad)
-            if wanted["left"]:
-                gradients["left"] = _summed_products(half.reshape(-1, *grid), grad.view(-1, *grid))
-            if wanted["right"]:
-                gradients["right"] = scaled.view(-1, grid[1]).t() @ rotated.view(-1, grid[1])
-            if wanted["scale"]:
-                gradients["scale"] = of_scale.sum(dim=0)
-            gradients["x"] = grad_x.view(x.shape) if wanted["x"] else None
-            return tuple(gradients.values())
+            grad_x = x.new_empty(x.shape) if wanted["x"] else None
+            sums = compiled.kronecker_gradient(_rows(x), scales, *factors, half, _rows(grad), grad_x=grad_x)
+            gradients = dict(zip(gradients, (grad_x, *sums), strict=True))
+            return tuple(gradient if wanted[name] else None for name, gradient in gradients.items())
         if left is not None:
             grad = grad.reshape(-1, *grid)
             if wanted["left"]:

@@ -3,9 +3,9 @@
     Δ = clip_ratio · max|x| / (2^(N-1) - 1),    y = clamp(round(x / Δ)) · Δ
 
 The specification is `core.qparams.fake_quantize_rows`, whose operations read and write all of x many times. On a CPU
-with compiled passes (`ops.fused`) there is one pass forward and two backward, around PyTorch's sum of each row, with
-the same bits. On a GPU a kernel forward and one backward read a row twice. `fake_quantize_input` has the rows of a
-scheme: tokens, their groups, and their differences from means.
+with compiled passes (`ops.fused`) there is one pass forward and one backward, and on a GPU a kernel each, which reads a
+row twice. Both have the values of the specification, and its gradients up to the order of the sum of each row.
+`fake_quantize_input` has the rows of a scheme: tokens, their groups, and their differences from means.
 
 Shapes: `n` values of a row; `N` tokens, `I` in features.
 """

@@ -52,12 +52,9 @@ class _FakeQuantizeRows(torch.autograd.Function):
         x, amax, scale, ratios = ctx.saved_tensors
         compiled, grad = passes(), grad_outputs[0].contiguous()
         assert compiled is not None
-        grad_x, slope, grad_clip = torch.empty_like(x), torch.empty_like(x), torch.empty_like(amax)
-        compiled.fake_quantize_gradient(
-            _rows(x), grad, scale, num_bits=ctx.options["num_bits"], grad_x=grad_x, slope=slope
-        )
-        sums = slope.sum_to_size(scale.shape).contiguous()
-        compiled.scale_gradient(_rows(x), amax, sums, ratios, **ctx.options, grad_x=grad_x, grad_clip=grad_clip)
+        grad_x, grad_clip = torch.empty_like(x), torch.empty_like(amax)
+        of_rows = {"grad_x": grad_x, "grad_clip": grad_clip}
+        compiled.fake_quantize_gradient(_rows(x), grad, amax, scale, ratios, **ctx.options, **of_rows)
         return grad_x, grad_clip.sum_to_size(ctx.clip_shape) if ctx.needs_input_grad[1] else None, None, None
 
 
