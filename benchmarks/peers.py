@@ -1,6 +1,6 @@
 """Quality of other tools on an embedded model, each by its own code, on the prompts and noise of the recipes.
 
-    pip install sdnq torchao bitsandbytes optimum-quanto gguf comfy-kitchen
+    pip install sdnq torchao bitsandbytes optimum-quanto gguf comfy-kitchen auto-round
     python benchmarks/peers.py [-m shapes-cogvideox] [-p torchao-w4a8 ...] [--prompts 32] [--seeds 2]
 
 Records are as those of ``embedded_quality.py``, in ``results/peers/MODEL/NAME.json``; a peer whose file exists is

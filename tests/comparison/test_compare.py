@@ -369,7 +369,7 @@ def test_bad_input_is_refused_before_any_compute(tiny_model, tmp_path, monkeypat
         (InvalidInputError, "'a' appears twice", {"prompts": ("a", "a")}),
         (InvalidInputError, "height: got 17", {"height": 17}),
         (InvalidInputError, "s2q-w4a6 need calibration prompts", {"entries": ["rtn-w4a6", "s2q-w4a6"]}),
-        (UsageError, "no recipe calibrates", {"calibration_prompts": ("a",)}),
+        (UsageError, "no recipe or peer calibrates", {"calibration_prompts": ("a",)}),
         (
             InvalidInputError,
             "prompt 1 of 1 has 1[0-9][0-9] tokens",

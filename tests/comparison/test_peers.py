@@ -1,6 +1,7 @@
 """Other tools in a comparison: found by name, asked once, ranked among their width, measured by their bytes."""
 
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from s2q.comparison.peers import PEERS, Peer, cost_of_peer, find_peers, load_wit
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.family import block_linears
 from s2q.models.lora import with_loras
+from s2q.shapes.embedded import embedded_prompts
 from tiny import tiny_pipeline
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
@@ -169,11 +171,52 @@ def test_a_missing_package_is_one_line(tiny_model, tmp_path, monkeypatch, capsys
         find_peers(["all"])
 
 
+def test_a_peer_calibrates_on_a_pipeline_of_its_own_with_the_prompts_that_are_given(monkeypatch):
+    source, given = resolve_model("shapes-cogvideox"), []
+
+    def quantize(load, _names, _others, calibrate):
+        given.append(calibrate(2))
+        for part in given[-1].pipe.transformer.parameters():
+            part.data.zero_()
+        return load()
+
+    peer = Peer(name="n-w8a16", package="torch", width="w8a16", does="", quantize=quantize, calibrates=True)
+    transformer = load_with_peer(peer, source, prompts=["a", "b", "c"]).transformer
+    assert all(part.any() for part in transformer.proj_out.parameters()), "the tool had a pipeline of its own"
+    cost_of_peer(peer, source)
+    assert [calibration.prompts for calibration in given] == [
+        ["a", "b"],
+        embedded_prompts("shapes-cogvideox", split="calibration", count=2),
+    ]
+    assert all(calibration.settings.num_frames == 9 for calibration in given)
+
+
+def test_a_peer_that_calibrates_needs_prompts_that_the_model_takes(tool, tiny_model, tmp_path, monkeypatch):
+    given = []
+
+    def quantize(load, _names, _others, calibrate):
+        given.append(calibrate(8).prompts)
+        return load()
+
+    peer = replace(tool, quantize=quantize, calibrates=True)
+    monkeypatch.setattr(peers, "PEERS", {tool.name: peer})
+    monkeypatch.setattr("s2q.comparison.shards.PEERS", {tool.name: peer})
+    arguments = {"model": tiny_model, "out": tmp_path / "out", "prompts": ["a"], "seeds": [0], **SETTINGS}
+    arguments |= {"peers": ["all"], "metrics": ["psnr"]}
+    with pytest.raises(InvalidInputError, match="need calibration prompts; pass --calibration-prompts"):
+        compare(**arguments)
+    with pytest.raises(InvalidInputError, match="prompt 1 of 1 has 1[0-9][0-9] tokens"):
+        compare(calibration_prompts=["b" * 120], **arguments)
+    (entry,) = compare(calibration_prompts=["c", "d"], **arguments)["entries"]
+    assert entry["error"] is None
+    assert given == [["c", "d"]] * 2, "for its cost and in the shard"
+
+
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
-def test_an_installed_peer_quantizes_a_model(peer):
+def test_an_installed_peer_quantizes_a_model(peer, monkeypatch):
     """Runs where peers are installed; the project installs none."""
-    pytest.importorskip(
-        {"optimum-quanto": "optimum.quanto", "comfy-kitchen": "comfy_kitchen"}.get(peer.package, peer.package)
-    )
+    pytest.importorskip({"optimum-quanto": "optimum.quanto"}.get(peer.package, peer.package.replace("-", "_")))
+    monkeypatch.setattr(peers, "_AUTOROUND_PROMPTS", 1)
+    monkeypatch.setattr(peers, "_AUTOROUND_STEPS", 1)
     storage = cost_of_peer(peer, resolve_model("shapes-cogvideox"))["storage"]  # tiny widths have no groups of 64
     assert storage["quantized_bytes"] < storage["full_precision_bytes"]

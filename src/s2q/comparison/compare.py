@@ -234,7 +234,8 @@ def _ask_peers(folder: CompareFolder, setup: Setup, settings: CompareSettings) -
         if entry.peer is None or folder.load_cost(entry.label, entry.identity()) is not None:
             continue
         try:
-            cost = cost_of_peer(entry.peer, setup.source, device=settings.device)
+            prompts = setup.plan.calibration_prompts
+            cost = cost_of_peer(entry.peer, setup.source, device=settings.device, prompts=prompts)
             folder.save_cost(entry.label, entry.identity(), cost)
         except DiskFullError:
             raise

@@ -64,6 +64,11 @@ class Entry:
         return None if self.source is None else self.source.pinned
 
     @property
+    def calibrates(self) -> bool:
+        """Whether making it needs calibration prompts."""
+        return self.peer.calibrates if self.peer is not None else self.recipe is not None and self.recipe.calibrates
+
+    @property
     def generation(self) -> dict[str, Any] | None:
         """The generation settings besides sizes that it calibrates with; None if it does not calibrate."""
         if self.source is not None:

@@ -22,14 +22,13 @@ from s2q.generation.defaults import generation_defaults, with_first_frames
 from s2q.generation.generate import batch_size_for, settings_for
 from s2q.generation.load import check_model, check_same_loras, pipeline_to_ask
 from s2q.generation.prompts import check_distinct, prompt_record
-from s2q.generation.settings import check_prompts
+from s2q.generation.settings import check_prompts, resolve_settings
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.architecture import architecture_of, check_comparable, warn_of_scheduler
 from s2q.models.lora import with_loras
 from s2q.models.source import check_full_precision
 from s2q.planning import Plan, check_memory
 from s2q.planning.workload import calibration_settings, recommended_for
-from s2q.recipes.schema import Recipe
 from s2q.run.quantize import quantize
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
@@ -188,8 +187,8 @@ def set_up(settings: CompareSettings) -> Setup:
     check_prompts(pipe, texts, generation)
     planned, obstacles = _plans(entries, source, settings)
     for entry in entries:
-        if entry.label in planned:
-            _check_calibration_prompts(pipe, source, entry.recipe, settings.calibration_prompts)
+        if entry.label in planned or entry.peer is not None:
+            _check_calibration_prompts(pipe, source, entry, settings.calibration_prompts)
     return Setup(
         plan=RunPlan(
             model=settings.model if source.hub is None else source.pinned,
@@ -250,7 +249,7 @@ def _weights_at(path: Path) -> dict[str, Any]:
 
 
 def _check_calibration(entries: Sequence[Entry], source: ModelSource, settings: CompareSettings) -> None:
-    calibrating = [entry.label for entry in entries if entry.recipe is not None and entry.recipe.calibrates]
+    calibrating = [entry.label for entry in entries if entry.calibrates]
     if settings.calibration_prompts is None:
         if calibrating and source.name not in EMBEDDED_NAMES:
             raise InvalidInputError(
@@ -258,20 +257,22 @@ def _check_calibration(entries: Sequence[Entry], source: ModelSource, settings: 
                 "(calibration_prompts=[...] in Python)"
             )
     elif not calibrating:
-        raise UsageError("compare: calibration prompts were given, but no recipe calibrates; remove them")
+        raise UsageError("compare: calibration prompts were given, but no recipe or peer calibrates; remove them")
     else:
         check_distinct(settings.calibration_prompts)
 
 
-def _check_calibration_prompts(
-    pipe: Any, source: ModelSource, recipe: Recipe | None, prompts: Sequence[str] | None
-) -> None:
-    """Check that a recipe's settings take the prompts that it calibrates on."""
-    if prompts is None or recipe is None or not recipe.calibrates:
+def _check_calibration_prompts(pipe: Any, source: ModelSource, entry: Entry, prompts: Sequence[str] | None) -> None:
+    """Check that the settings with which an entry calibrates take the prompts that it calibrates on."""
+    if prompts is None or not entry.calibrates:
         return
-    group = recipe.calibration
-    settings = calibration_settings(pipe, group, recommended=recommended_for(source))
-    check_prompts(pipe, with_first_frames(source, prompts[: group.n_prompts]), settings)
+    recommended = recommended_for(source)
+    if entry.recipe is None:
+        used, settings = prompts, resolve_settings(pipe, defaults=recommended)
+    else:
+        group = entry.recipe.calibration
+        used, settings = prompts[: group.n_prompts], calibration_settings(pipe, group, recommended=recommended)
+    check_prompts(pipe, with_first_frames(source, used), settings)
 
 
 def _plans(

@@ -144,7 +144,8 @@ def _opened(
     peer = plan.entries[label].get("peer")
     if peer is None:
         return folder.model_of(plan, label), None
-    return source, load_with_peer(PEERS[peer["name"]], source, dtype=run.dtype, device=device)
+    prompts = plan.calibration_prompts
+    return source, load_with_peer(PEERS[peer["name"]], source, dtype=run.dtype, device=device, prompts=prompts)
 
 
 def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
