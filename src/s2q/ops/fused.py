@@ -133,7 +133,7 @@ class Passes:
         sums = x.new_empty(-(-rows // piece), sum(sizes))
         factors = left, right.t().contiguous(), half
         self._call("kronecker_gradient", x, scale, *factors, grad, grad_x, sums, piece, n1, n2, rows, columns)
-        of_left, of_right, of_scale = sums.sum(dim=0).split(sizes)
+        of_left, of_right, of_scale = torch.split_with_sizes(sums.sum(dim=0), sizes)
         return of_scale, of_left.view(n1, n1), of_right.view(n2, n2)
 
     def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor, *, out: Tensor) -> None:
@@ -334,9 +334,9 @@ def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor, *, of_weight
         expected = torch.autograd.grad(values, inputs, grad)
     out, grad_x = torch.empty_like(x), torch.empty_like(x)
     amax, scale, grad_clip = torch.empty(3, len(x))
-    options, ratio = {"num_bits": num_bits, "of_weight": of_weight}, clip.flatten()
-    passes.fake_quantize(x, ratio, **options, out=out, amax=amax, scale=scale)
-    passes.fake_quantize_gradient(x, grad, amax, scale, ratio, **options, grad_x=grad_x, grad_clip=grad_clip)
+    ratio, of_rows = clip.flatten(), {"grad_x": grad_x, "grad_clip": grad_clip}
+    passes.fake_quantize(x, ratio, num_bits=num_bits, of_weight=of_weight, out=out, amax=amax, scale=scale)
+    passes.fake_quantize_gradient(x, grad, amax, scale, ratio, num_bits=num_bits, of_weight=of_weight, **of_rows)
     found, smaller = (grad_x, grad_clip.unsqueeze(1)), x.abs() < amax.unsqueeze(1)
     return (
         torch.equal(out, values)

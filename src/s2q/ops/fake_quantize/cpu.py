@@ -53,8 +53,8 @@ class _FakeQuantizeRows(torch.autograd.Function):
         compiled, grad = passes(), grad_outputs[0].contiguous()
         assert compiled is not None
         grad_x, grad_clip = torch.empty_like(x), torch.empty_like(amax)
-        of_rows = {"grad_x": grad_x, "grad_clip": grad_clip}
-        compiled.fake_quantize_gradient(_rows(x), grad, amax, scale, ratios, **ctx.options, **of_rows)
+        rows = _rows(x), grad, amax, scale, ratios
+        compiled.fake_quantize_gradient(*rows, **ctx.options, grad_x=grad_x, grad_clip=grad_clip)
         return grad_x, grad_clip.sum_to_size(ctx.clip_shape) if ctx.needs_input_grad[1] else None, None, None
 
 
