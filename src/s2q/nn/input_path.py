@@ -159,7 +159,7 @@ class StudentInput(nn.Module):
         else:
             scaled = centred if self.transform is None else self.transform.scaled(centred)
             coefficients = scaled @ self.low_rank_basis
-            rest = scaled - coefficients @ self.low_rank_basis.t() if self.deflates else scaled
+            rest = _less_product(scaled, coefficients, self.low_rank_basis.t()) if self.deflates else scaled
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         ratio = None if self.clip is None else self.clip()
         path = InputTensors(clip_ratio=ratio, steps=with_tensors(self.steps, dict(self.tensors)))
@@ -180,6 +180,11 @@ class StudentInput(nn.Module):
         if self.clip is not None:
             tensors["activation_clip"] = self.clip().detach().reshape(1).clone()
         return tensors | {name: stored_values(name, tensor) for name, tensor in self.tensors.items()}
+
+
+def _less_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Subtract a product from x [..., I] in one operation."""
+    return torch.addmm(x.flatten(0, -2), left.flatten(0, -2), right, alpha=-1).view(x.shape)
 
 
 def start_tensors(steps: Sequence[InputPart], weight: Tensor | None, *, of_linear: bool) -> nn.ParameterDict:

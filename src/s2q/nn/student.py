@@ -100,8 +100,9 @@ class StudentLinear(nn.Module):
         """
         transform, basis, weight = self.source.transform, self.source.low_rank_basis, self.weight
         if basis is not None and self.source.reduces_weights:
-            branch = self._removed(dtype) @ basis.to(dtype).t()
-            weight = weight.to(dtype) - (branch if transform is None else transform.scaled(branch))
+            rows = basis.to(dtype).t()  # scaled before the product, of which they are a small part
+            rows = rows if transform is None else transform.scaled(rows)
+            weight = torch.addmm(weight.to(dtype), self._removed(dtype), rows, alpha=-1)
         if transform is None:
             return weight.float()
         return transform.fold_inverse(weight, dtype=dtype).float()
@@ -125,9 +126,14 @@ class StudentLinear(nn.Module):
         """U = W diag(1/v) V, [O, r], rounded to the stored dtype where it is taken out of the weight."""
         basis, transform = self.source.low_rank_basis, self.source.transform
         assert basis is not None
-        weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
-        product = weight @ basis.to(dtype)
-        return stored_values("low_rank_weight", product).to(dtype) if self.source.reduces_weights else product
+
+        def compute() -> Tensor:
+            rows = basis.to(dtype).t()
+            rows = rows if transform is None else transform.unscaled(rows, dtype=dtype)
+            product = F.linear(self.weight.to(dtype), rows)
+            return stored_values("low_rank_weight", product).to(dtype) if self.source.reduces_weights else product
+
+        return memoize_step(self, ("removed", dtype), compute)
 
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""

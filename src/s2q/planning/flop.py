@@ -42,8 +42,8 @@ class _Pass(Figures):
 
 
 _PLAIN = _Pass(typed=2.4, launches=7)
-_STUDENT, _STUDENT_BRANCH = _Pass(value=15, typed=2.4, launches=28), _Pass(value=15.5, launches=15)
-_STEP, _STEP_BRANCH = _Pass(value=36, typed=7, weight=82, launches=86), _Pass(value=21, weight=114, launches=45)
+_STUDENT, _STUDENT_BRANCH = _Pass(value=15, typed=2.4, launches=27), _Pass(value=10.5, launches=9)
+_STEP, _STEP_BRANCH = _Pass(value=36, typed=7, weight=82, launches=86), _Pass(value=12.5, weight=17, launches=31)
 _COLUMN_LAUNCHES = 5
 """Operations of GPTQ for each column of the weights that read an input."""
 _EIGEN_FLOP = 9.0

@@ -5,6 +5,7 @@
 Shapes: `I` in features, `O` out features, `n1`·`n2` = I.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,21 +54,21 @@ class Transform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the transform, x T, to [..., I]; fp64 for an fp64 x, else fp32."""
-        return self.factors(_compute_dtype(x)).apply(x.to(_compute_dtype(x)))
+        return self._step_factors(_compute_dtype(x)).apply(x.to(_compute_dtype(x)))
 
     def scaled(self, x: Tensor) -> Tensor:
         """Apply the first half of the transform, x diag(v); as `forward`."""
-        factors = self.factors(_compute_dtype(x))
+        factors = self._step_factors(_compute_dtype(x))
         return Factors(scale=factors.scale).apply(x.to(_compute_dtype(x)))
 
     def rotated(self, x: Tensor) -> Tensor:
         """Apply the second half of the transform, x (A ⊗ B); as `forward`."""
-        factors = self.factors(_compute_dtype(x))
+        factors = self._step_factors(_compute_dtype(x))
         return Factors(left=factors.left, right=factors.right).apply(x.to(_compute_dtype(x)))
 
     def unscaled(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Put the inverse of the first half into a weight, W diag(1/v), for `scaled` inputs; see `fold_inverse`."""
-        return Factors(scale=self.factors(dtype, inverse_transpose=True).scale).apply(weight.to(dtype))
+        return Factors(scale=self._step_factors(dtype, inverse_transpose=True).scale).apply(weight.to(dtype))
 
     def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Put the inverse into a weight [O, I], W T⁻ᵀ, differentiable, so that (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ.
@@ -82,8 +83,12 @@ class Transform(nn.Module):
             raise InvalidInputError(
                 f"{type(self).__name__}: got a weight with in_features={weight.shape[-1]}; expected {self.in_features}"
             )
-        inverse = memoize_step(self, ("inverse", dtype), lambda: self.factors(dtype, inverse_transpose=True))
-        return inverse.apply(weight.to(dtype))
+        return self._step_factors(dtype, inverse_transpose=True).apply(weight.to(dtype))
+
+    def _step_factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
+        """Return the factors, computed once in a step of memoization."""
+        compute = functools.partial(self.factors, dtype, inverse_transpose=inverse_transpose)
+        return memoize_step(self, ("factors", dtype, inverse_transpose), compute)
 
     @torch.no_grad()
     def rounded(self) -> "FixedTransform":
