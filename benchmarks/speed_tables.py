@@ -88,6 +88,22 @@ def threads_table(device: str) -> str:
     return "\n".join(lines)
 
 
+def step_against_table(device: str) -> str:
+    """Steps of distillation against those of an earlier commit, which took turns."""
+    content = json.loads((RESULTS / "step-against.json").read_text())
+    lines = table_head("model", ["recipe", "before, ms", "now, ms", "speedup"])
+    for row in content["results"]:
+        medians = [f"{row['milliseconds'][side]:.3g}" for side in ("before", "after")]
+        lines.append(table_row(row["model"], [f"`{row['recipe']}`", *medians, _times(row["ratio"])]))
+    rounds = content["results"][0]["rounds"]
+    lines += [
+        "",
+        f"Medians of {rounds} rounds, one thread; other work ran on the machine. Before: commit {content['before']}. "
+        + _place_and_command(content, device),
+    ]
+    return "\n".join(lines)
+
+
 def kinds_table(device: str) -> str:
     """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
     lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
