@@ -1,4 +1,4 @@
-"""The data-free recipe with a table: no samples, integer kernels, and the same from outlier channels."""
+"""Recipes with tables: the data-free one, on integer kernels and the same from outlier channels, and that of s2q."""
 
 import copy
 
@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from s2q.calibration import teacher
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.common.errors import InvalidInputError, UsageError
+from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
@@ -55,6 +56,32 @@ def test_a_checkpoint_loads_and_gives_what_its_weights_give(tmp_path, family):
     assert max(report.blocks[0].layers.values()) < 0.008
 
 
+SHORT = ["calibration.n_prompts=2", "calibration.steps=2", "calibration.samples=4", "calibration.num_frames=9"]
+SHORT += ["calibration.height=16", "calibration.width=16", "distillation.epochs=2", "refinement.epochs=1"]
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "wan"])
+def test_calibrated_tables_load_and_give_what_was_learned(tmp_path, family):
+    pipe, out = tiny_pipeline(family), tmp_path / "out"
+    report = quantize(pipe, recipe="s2q-table-w4a8", out=out, prompts=["a", "b"], overrides=SHORT)
+    for block in report.blocks:
+        assert max(block.loss["rounded"], block.loss["final"]) < 0.1 * block.loss["rtn"]
+        assert all(rounding["error"] < 0.8 * rounding["rtn_error"] for rounding in block.rounding.values())
+    loaded = load_pipeline(out)
+    packed = [layer for layer in loaded.transformer.modules() if isinstance(layer, PackedLinear)]
+    assert not any(layer.simulated for layer in packed)
+    of_blocks = [layer for layer in packed if layer.weight_group_scale is not None]
+    assert {layer.low_rank_weight is not None for layer in of_blocks} >= {True}
+    found, full = run_pipeline(loaded), run_pipeline(pipe)
+    assert float((found - full).norm() / full.norm()) < 0.2
+
+
+def test_without_quantized_inputs_it_is_a_recipe_too(tmp_path):
+    pipe = tiny_pipeline("wan")
+    report = quantize(pipe, recipe="s2q-table-w4a16", out=tmp_path / "out", prompts=["a", "b"], overrides=SHORT)
+    assert report.blocks[0].loss["final"] < 0.1 * report.blocks[0].loss["rtn"]
+
+
 def test_samples_are_refused_as_it_does_not_calibrate(tmp_path):
     with pytest.raises(UsageError, match=r"table-w4a8 uses no calibration samples; remove it"):
         quantize(tiny_pipeline("cogvideox"), recipe="table-w4a8", samples=4, out=tmp_path / "out")
@@ -63,12 +90,8 @@ def test_samples_are_refused_as_it_does_not_calibrate(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rounding.method=gptq"], "rounding=gptq does not support levels=table"),
-        (
-            ["modulation.correct_bias=false", "modulation.rounding=gptq"],
-            r"modulation\.rounding=gptq does not support levels=table",
-        ),
-        (["distillation.epochs=1"], "distillation does not support"),
+        (["clip.weights=true", "distillation.epochs=1"], r"clip\.weights=true does not support weights\.levels=table"),
+        (["rounding.method=adaround", "distillation.epochs=1"], "rounds to uniform levels; set weights.levels=uniform"),
         (["weights.num_bits=5"], "expected at most 4"),
         (["weights.num_bits=3"], "expected weights of 4 bits in groups"),
         (["activations.levels=table"], "levels=table with num_bits=8; expected at most 4"),

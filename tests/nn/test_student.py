@@ -13,7 +13,7 @@ from s2q.ops.kronecker import scaled_kronecker
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale
 from s2q.transforms.hadamard import hadamard
-from schemes import activations, scheme
+from schemes import activations, scheme, weights
 from tiny import split_input
 
 ACTIVATION = activations(6)
@@ -66,6 +66,15 @@ def test_without_transform_and_clips_it_is_the_packed_layer(layer_scheme, bias, 
     # in bf16 the student rounds x and W after quantizing them, the packed layer only its result
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.05}
     torch.testing.assert_close(student(x), packed(x), **tolerance)
+
+
+def test_a_table_is_trained_as_even_levels_of_its_groups():
+    linear, x, outputs = a_linear(), draw(5, 24), []
+    for weight in (weights(4, group_size=8, levels="table"), weights(4, group_size=8)):
+        of_scheme = LinearScheme(weight=weight, activation=ACTIVATION)
+        student = StudentLinear(linear, scheme=of_scheme, source=StudentInput(ACTIVATION, transform=a_transform()))
+        outputs.append(student(x))
+    assert torch.equal(*outputs)
 
 
 def test_many_bits_come_close_to_full_precision():

@@ -5,18 +5,20 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError, S2QError
-from s2q.core.codebook import levels_of
-from s2q.core.qparams import code_range, dequantize_weight, fake_quantize_rows, weight_scale
+from s2q.core.codebook import TABLES
+from s2q.core.qparams import code_range, dequantize_weight, fake_quantize_rows, rounded_values, weight_scale
 from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.rounding import round_rtn
 from s2q.rounding.gptq import GPTQ
 from s2q.rounding.gptq import round_gptq as round_weights
 from s2q.rounding.hessian import HessianAccumulator, hessian_error
+from s2q.rounding.table import RATIOS
 from schemes import weights
 
 W4 = weights(4)
 GROUPED = weights(4, group_size=8)
 CODEBOOK = weights(4, levels="lloyd_max")
+TABLED = weights(4, group_size=8, levels="table")
 
 
 def draw(*shape, seed=0):
@@ -46,11 +48,10 @@ def hessian_of(x):
 
 
 def error_of(rounded, weight, hessian, *, scheme=W4):
-    values = dequantize_weight(rounded.codes, rounded.scale, levels=levels_of(scheme, weight.shape[1]))
-    return float(hessian_error(values - weight, hessian).sum())
+    return float(hessian_error(rounded_values(rounded, scheme) - weight, hessian).sum())
 
 
-@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK, QuantScheme(num_bits=2, granularity=PerChannel())])
+@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK, TABLED, QuantScheme(num_bits=2, granularity=PerChannel())])
 def test_never_worse_than_rtn_and_mostly_much_better(scheme):
     ratios = []
     for seed in range(25):
@@ -100,6 +101,71 @@ def test_equals_the_equations_whatever_the_block_size(block_size, seed):
     same = (rounded.codes[:, order] == expected).all(dim=1)
     assert int((~same).sum()) <= report.rtn_rows
     assert same.sum() >= 6
+
+
+def naive_tables(weight, scale, hessian, order):
+    """The same, group by group: table and scale have the least error times 1 / (H⁻¹)_ii for weights as they are."""
+    weight, hessian, values = weight.double().clone()[:, order], hessian.double(), torch.zeros(weight.shape)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    damped, size = damped[order][:, order], 8
+    importance = 1 / torch.stack([torch.linalg.inv(damped[i:, i:])[0, 0] for i in range(len(damped))])
+    for column in range(weight.shape[1]):
+        if column % size == 0:
+            group, levels = weight[:, column : column + size] / scale[:, None], []
+            for row in group:
+                largest, found = row[row.abs().argmax()] * 32 / 127, []
+                for ratio, table in itertools.product(RATIOS, torch.tensor(TABLES).double()):
+                    s = (largest * ratio).round().clamp(-32, 31)
+                    v = ((table * s + 16) / 32).floor()
+                    nearest = table[(row[:, None] * 32 / (1 if s == 0 else s) - table).abs().argmin(dim=1)]
+                    difference = row - ((nearest * s + 16) / 32).floor()
+                    found.append((float((difference**2 * importance[column : column + size]).sum()), v))
+                levels.append(min(found, key=lambda pair: pair[0])[1])
+            levels = torch.stack(levels) * scale[:, None]
+        inverse = torch.linalg.inv(damped[column:, column:])
+        place = (weight[:, column : column + 1] - levels).abs().argmin(dim=1, keepdim=True)
+        values[:, order[column]] = levels.gather(1, place)[:, 0].float()
+        error = (weight[:, column] - levels.gather(1, place)[:, 0]) / inverse[0, 0]
+        weight[:, column:] -= torch.outer(error, inverse[0])
+    return values
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 24, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_tables_are_found_for_the_weights_that_a_group_has_when_its_turn_comes(block_size, seed):
+    weight, hessian = draw(9, 24, seed=seed), hessian_of(correlated(60, 24, seed=seed))
+    rounded, report = round_gptq(weight, TABLED, hessian=hessian, options=GPTQ(block_size=block_size))
+    groups = hessian.diagonal().view(3, 8)
+    order = [
+        int(8 * group + column)
+        for group in groups.mean(dim=1).argsort(descending=True)
+        for column in groups[group].argsort(descending=True)
+    ]
+    expected = naive_tables(weight, rounded.scale.double(), hessian, order)
+    same = ((rounded_values(rounded, TABLED) - expected).abs() < 1e-6).all(dim=1)
+    assert int((~same).sum()) <= report.rtn_rows + 1  # two levels that are equally near in fp64
+    assert same.sum() >= 6
+
+
+def test_tables_have_the_error_of_the_docstring():
+    ratios = []
+    for seed in range(4):
+        weight, hessian = draw(64, 192, seed=seed), hessian_of(correlated(2000, 192, seed=seed))
+        of_table, report = round_gptq(weight, weights(4, group_size=16, levels="table"), hessian=hessian)
+        _, uniform = round_gptq(weight, W4, hessian=hessian, clip_ratio=0.8)
+        assert of_table.group_scale.shape == (64, 12)
+        ratios.append(report.error / uniform.error)
+    assert 0.33 < sum(ratios) / 4 < 0.41
+
+
+def test_dead_columns_of_a_table_do_not_decide_its_scale():
+    x, weight = correlated(60, 16), draw(8, 16)
+    x[:, [3, 11]] = 0
+    for size in (1e-3, 1, 1e3):
+        rounded, report = round_gptq(weight, TABLED, hessian=hessian_of(size * x))
+        assert report.dead_columns == 2
+        assert report.error < 0.8 * report.rtn_error
+        assert (rounded_values(rounded, TABLED) - weight)[:, [3, 11]].abs().max() < 0.5
 
 
 @pytest.mark.parametrize("columns", [2, 3])
@@ -158,12 +224,13 @@ def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others():
         pytest.param(draw(30, 16) * 1e-15, id="tiny"),
     ],
 )
-def test_singular_and_badly_scaled_hessians(x):
+@pytest.mark.parametrize("scheme", [W4, TABLED])
+def test_singular_and_badly_scaled_hessians(x, scheme):
     weight = draw(6, 16, seed=2)
-    rounded, report = round_gptq(weight, W4, hessian=hessian_of(x))
+    rounded, report = round_gptq(weight, scheme, hessian=hessian_of(x))
     assert report.error <= report.rtn_error
     assert not report.fallback
-    assert dequantize_weight(rounded.codes, rounded.scale).isfinite().all()
+    assert rounded_values(rounded, scheme).isfinite().all()
 
 
 def test_a_single_direction_is_matched_almost_exactly():
@@ -270,7 +337,7 @@ def test_gptq_refuses_bad_options(options, message):
         GPTQ(**options)
 
 
-@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK])
+@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK, TABLED])
 def test_weights_of_one_input_share_the_factorization_and_are_rounded_as_alone(scheme, monkeypatch):
     hessian, weights = hessian_of(correlated(60, 24)), [draw(rows, 24, seed=rows) for rows in (5, 12, 7)]
     ratios = [None, torch.tensor(0.8), torch.tensor(0.9)]
@@ -284,6 +351,7 @@ def test_weights_of_one_input_share_the_factorization_and_are_rounded_as_alone(s
         round_weights(weights, scheme, hessian=hessian, clip_ratios=ratios), alone, strict=True
     ):
         assert torch.equal(rounded.codes, expected.codes)
+        assert torch.equal(rounded_values(rounded, scheme), rounded_values(expected, scheme))
         assert torch.equal(rounded.scale, expected.scale)
         assert report == of_expected
     assert len(calls) == 1

@@ -117,6 +117,13 @@ def scaled_levels(levels: Tensor, scale: Tensor) -> Tensor:
     return (levels.to(torch.int16) * scale.to(torch.int16)).add_(half).bitwise_right_shift_(SCALE_BITS)
 
 
+def group_levels(group_scale: Tensor) -> Tensor:
+    """Return v of the sixteen codes of each group, int16 [..., 16], of its byte g, int8 [...]; v falls where s < 0."""
+    table, scale = table_and_scale(group_scale)
+    levels = torch.tensor(TABLES, dtype=torch.int16, device=group_scale.device)[table.int()]
+    return scaled_levels(levels, scale.unsqueeze(-1))
+
+
 def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:
     """Find the nearest level (fp32 [2^N], rising, N at least 2) of each fp32 value over its scale.
 

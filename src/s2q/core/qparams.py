@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.codebook import level_unit, nearest_level
+from s2q.core.codebook import group_levels, level_unit, levels_of, nearest_level
 from s2q.core.fp4 import block_scale, exact_in_bf16
 from s2q.core.schemes import NVFP4, UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
 from s2q.core.stored_form import stored_values
@@ -148,6 +148,16 @@ def dequantize_weight(codes: Tensor, scale: Tensor, *, levels: Tensor | None = N
     """Turn the codes of a weight, int8 [O, I], back into values fp32 [O, I]; the inverse of `quantize_weight`."""
     grouped, spread = align_scale(codes, scale)
     return dequantize(grouped, spread, levels=levels).reshape(codes.shape)
+
+
+def rounded_values(rounded: RoundedWeight, scheme: QuantScheme) -> Tensor:
+    """Return the values of a rounded weight, fp32 [O, I]."""
+    codes = rounded.codes
+    if rounded.group_scale is None:
+        return dequantize_weight(codes, rounded.scale, levels=levels_of(scheme, codes.shape[1], device=codes.device))
+    levels = group_levels(rounded.group_scale)
+    places = _grouped(codes, levels.shape[1]).long() + levels.shape[2] // 2
+    return dequantize_weight(levels.gather(2, places).flatten(1), rounded.scale)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:

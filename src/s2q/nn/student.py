@@ -180,10 +180,11 @@ class StudentLinear(nn.Module):
         return tensors
 
     def _quantized_weight(self) -> Tensor:
+        """The weight rounded to nearest; to even levels of its groups in place of tables, which would be searched."""
         if self.rounding is not None:
             return self.rounding()  # type: ignore[no-any-return]
         weight, scheme = self.folded_weight(dtype=torch.float32), self.scheme.weight
-        if scheme.levels == UNIFORM:
+        if scheme.levels == UNIFORM or scheme.has_table:
             rows, ratio = weight.view(len(weight), num_groups(scheme, self.in_features), -1), self.clip_ratio()
             ratio = None if ratio is None else ratio.view(-1, 1, 1)
             return fake_quantize_rows(rows, num_bits=scheme.num_bits, clip_ratio=ratio, of_weight=True).flatten(1)

@@ -171,17 +171,11 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _table_fits(self) -> Recipe:
-        roundings = {"rounding": self.rounding} if self.weights.levels == TABLE else {}
-        if self.modulation is not None and self.modulation.levels == TABLE:
-            roundings["modulation.rounding"] = self.modulation_rounding
-        for key, rounding in roundings.items():
-            if rounding.method != RTN.method:
-                raise ValueError(
-                    f"{key}={rounding.method} does not support levels={TABLE}, whose scales are searched weight by "
-                    f"weight; set it to {RTN.method}, or the levels to {UNIFORM}"
-                )
-        if self.weights.levels == TABLE and self.distillation is not None:
-            raise ValueError(f"distillation does not support weights.levels={TABLE}; set distillation=null")
+        if self.weights.levels == TABLE and self.clip.weights:
+            raise ValueError(
+                f"clip.weights=true does not support weights.levels={TABLE}, whose scales are searched; set "
+                "clip.weights=false"
+            )
         return self
 
     @model_validator(mode="after")

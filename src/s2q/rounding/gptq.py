@@ -13,10 +13,16 @@ smaller Hessian-weighted error (a clamped one, mostly) takes that; GPTQ is then 
 input was zero in all of calibration, its diagonal is 0) is rounded to nearest and not set to zero: it costs nothing
 there, and it still works where the input is not zero.
 
+Weights with tables (`rounding.table`) take their groups one after the other, in the order of falling mean diagonal,
+and columns of a group in that of theirs. Table and scale of a group are searched when its turn comes, for the weights
+that it then has, with 1 / U_ii² as the importance of a column. The error ½ · tr(ΔW H ΔWᵀ) of random weights in groups
+of 16 with correlated inputs is 0.37 of that of uniform levels per channel, and 0.52 if tables are searched before.
+
 Shapes: `I/O` in/out features, `G` groups, `K` columns of a block.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -25,19 +31,12 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, S2QError
-from s2q.core.codebook import levels_of, nearest_level
-from s2q.core.qparams import (
-    ClipRatio,
-    RoundedWeight,
-    code_range,
-    dequantize_weight,
-    quantize,
-    quantize_weight,
-    weight_scale,
-)
-from s2q.core.schemes import QuantScheme
+from s2q.core.qparams import ClipRatio, RoundedWeight, rounded_values
+from s2q.core.schemes import QuantScheme, num_groups
 from s2q.rounding.base import Rounding
+from s2q.rounding.columns import ScaledColumns, TableColumns
 from s2q.rounding.hessian import hessian_error
+from s2q.rounding.rtn import round_rtn
 
 logger = logging.getLogger(__name__)
 
@@ -129,21 +128,20 @@ def round_gptq(
     for weight in weights:
         _check(weight, hessian)
     ratios = [None] * len(weights) if clip_ratios is None else clip_ratios
-    scales = [weight_scale(weight, scheme, clip_ratio=ratio) for weight, ratio in zip(weights, ratios, strict=True)]
+    nearest = [round_rtn(weight, scheme, clip_ratio=ratio) for weight, ratio in zip(weights, ratios, strict=True)]
     if not bool(hessian.isfinite().all()):
-        return [
-            (_nearest(weight, scale, scheme), _not_finite(hessian, options, rows=len(weight)))
-            for weight, scale in zip(weights, scales, strict=True)
-        ]
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return [(rounded, _not_finite(hessian, options, rows=len(rounded.codes))) for rounded in nearest]
+    order = _order(hessian.diagonal(), scheme)
     factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
-    codes: list[Tensor | None] = [None] * len(weights)
+    found: Sequence[RoundedWeight | None] = [None] * len(weights)
     if factor is not None:
-        rounded = _round_columns(torch.cat(weights), torch.cat(scales), factor, order, scheme=scheme, options=options)
-        codes = list(torch.split(rounded, [len(weight) for weight in weights]))
+        scale = torch.cat([rounded.scale for rounded in nearest])
+        columns = (TableColumns if scheme.has_table else ScaledColumns)(scale, scheme, order, factor, hessian)
+        _round_columns(torch.cat(weights), columns, factor, order, block_size=options.block_size)
+        found = columns.rounded([len(weight) for weight in weights])
     results, dead_columns = [], int((hessian.diagonal() == 0).sum())
-    for weight, scale, rounded_codes in zip(weights, scales, codes, strict=True):
-        kept, errors = _better_rows(weight, scale, rounded_codes, scheme, hessian)
+    for weight, by_rtn, by_gptq in zip(weights, nearest, found, strict=True):
+        kept, errors = _better_rows(weight, by_rtn, by_gptq, scheme, hessian)
         report = GPTQReport(
             **errors,
             dampening_frac=dampening_frac,
@@ -155,34 +153,32 @@ def round_gptq(
     return results
 
 
-def _nearest(weight: Tensor, scale: Tensor, scheme: QuantScheme) -> RoundedWeight:
-    levels = levels_of(scheme, weight.shape[1], device=weight.device)
-    codes = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
-    return RoundedWeight(codes=codes, scale=scale)
-
-
 def _better_rows(
-    weight: Tensor, scale: Tensor, codes: Tensor | None, scheme: QuantScheme, hessian: Tensor
+    weight: Tensor, nearest: RoundedWeight, found: RoundedWeight | None, scheme: QuantScheme, hessian: Tensor
 ) -> tuple[RoundedWeight, dict[str, Any]]:
-    """Return the better of GPTQ's codes, if there are any, and the nearest ones, row by row; and the errors."""
-    levels, nearest = levels_of(scheme, weight.shape[1], device=weight.device), _nearest(weight, scale, scheme)
+    """Return the better of GPTQ's rows, if there are any, and those rounded to nearest; and the errors."""
 
-    def errors(codes: Tensor) -> Tensor:
-        return hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
+    def errors(rounded: RoundedWeight) -> Tensor:
+        return hessian_error(rounded_values(rounded, scheme) - weight, hessian)
 
-    rtn_rows = errors(nearest.codes)
-    if codes is None:
-        rows, worse, codes = rtn_rows, torch.ones_like(rtn_rows, dtype=torch.bool), nearest.codes
-    else:
-        rows = errors(codes)
+    rtn_rows = errors(nearest)
+    rows, worse, kept = rtn_rows, torch.ones_like(rtn_rows, dtype=torch.bool), nearest
+    if found is not None:
+        rows = errors(found)
         worse = rows > rtn_rows
-        codes = torch.where(worse[:, None], nearest.codes, codes)
+        kept = RoundedWeight(
+            codes=torch.where(worse[:, None], nearest.codes, found.codes),
+            scale=nearest.scale,
+            group_scale=None
+            if nearest.group_scale is None or found.group_scale is None
+            else torch.where(worse[:, None], nearest.group_scale, found.group_scale),
+        )
     report = {
         "rtn_error": float(rtn_rows.sum()),
         "error": float(torch.where(worse, rtn_rows, rows).sum()),
         "rtn_rows": int(worse.sum()),
     }
-    return RoundedWeight(codes=codes, scale=scale), report
+    return kept, report
 
 
 def _not_finite(hessian: Tensor, options: GPTQ, *, rows: int) -> GPTQReport:
@@ -249,34 +245,36 @@ def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | N
     return None, None, tries
 
 
-def _round_columns(
-    weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, *, scheme: QuantScheme, options: GPTQ
-) -> Tensor:
-    """Carry out GPTQ on the columns of weight [O, I] in an order [I]; factor U [I, I]; scale [O] or [O, G].
+def _order(diagonal: Tensor, scheme: QuantScheme) -> Tensor:
+    """The order of the columns, [I], by falling diagonal [I] of H; those of a group with a table stay together."""
+    if not scheme.has_table:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    groups = diagonal.view(num_groups(scheme, len(diagonal)), -1)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    by_mean = torch.argsort(groups.mean(dim=1), descending=True, stable=True)
+    return (by_mean[:, None] * groups.shape[1] + inside[by_mean]).flatten()
 
-    Columns are rows of memory meanwhile, and each takes five operations: on a GPU their number is what takes time. What
-    `ahead` multiplies is (w - q), U_ij / U_ii instead of U_ij and e = (w - q) / U_ii.
+
+def _round_columns(
+    weight: Tensor,
+    columns: ScaledColumns | TableColumns,
+    factor: Tensor,
+    order: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """Carry out GPTQ on the columns of weight [O, I] in an order [I], with the factor U [I, I].
+
+    What `ahead` multiplies is (w - q), U_ij / U_ii instead of U_ij and e = (w - q) / U_ii.
     """
-    rest, groups = weight.t()[order], scale.view(len(scale), -1).t()  # [I, O], and [G, O] or [1, O]
-    scales = groups[order.div(len(order) // len(groups), rounding_mode="floor")]
-    divisors = torch.where(scales == 0, 1, scales)
-    codes = torch.empty(rest.shape, dtype=torch.int8, device=weight.device)
-    levels = levels_of(scheme, len(order), device=weight.device)
-    for start in range(0, len(order), options.block_size):
-        stop = min(start + options.block_size, len(order))
+    rest = weight.t()[order]  # [I, O]: columns are rows of memory meanwhile
+    step = math.ceil(block_size / columns.multiple) * columns.multiple
+    for start in range(0, len(order), step):
+        stop = min(start + step, len(order))
         block, ahead = rest[start:stop], factor[start:stop] / factor.diagonal()[start:stop, None]
         units, errors = torch.empty_like(block), torch.empty_like(block)
         for column in range(stop - start):
-            value = units[column]
-            torch.div(block[column], divisors[start + column], out=value)
-            if levels is None:
-                value.round_().clamp_(*code_range(scheme.num_bits))
-            else:
-                value.copy_(levels[nearest_level(value, levels).long()])
-            torch.addcmul(block[column], value, scales[start + column], value=-1, out=errors[column])
+            columns.round(block, column, start, units, error=errors[column])
             block[column + 1 :].addr_(ahead[column, start + column + 1 : stop], errors[column], alpha=-1)
-        codes[start:stop] = quantize(units, units.new_ones(()), num_bits=scheme.num_bits, levels=levels)
+        columns.finish(units, start)
         rest[stop:].addmm_(ahead[:, stop:].t(), errors, alpha=-1)
-    result = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    result[:, order] = codes.t()
-    return result

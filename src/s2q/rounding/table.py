@@ -38,24 +38,34 @@ def round_table(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = 
         codes int8 [O, I], scale fp32 [O] and group_scale int8 [O, G], the bytes of groups. The scale of a row of zeros
         is 1, and s of its groups 0.
     """
-    groups = num_groups(scheme, weight.shape[1])
-    tables = torch.tensor(TABLES, dtype=torch.float32, device=weight.device)
-    scale = weight.float().abs().amax(dim=1) / _LARGEST_VALUE
-    scale = stored_values("weight_scale", scale if clip_ratio is None else scale * clip_ratio)
-    scale = torch.where(scale == 0, 1.0, scale)
+    groups, scale = num_groups(scheme, weight.shape[1]), table_scale(weight, clip_ratio=clip_ratio)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     group_scale = torch.empty(len(weight), groups, dtype=torch.int8, device=weight.device)
     step = max(1, _PIECE // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         ratio = (weight[part].float() / scale[part].unsqueeze(1)).view(-1, groups, weight.shape[1] // groups)
-        found, group_scale[part] = _searched(ratio, tables)
+        found, group_scale[part] = search_table(ratio)
         codes[part] = found.flatten(1)
     return RoundedWeight(codes=codes, scale=scale, group_scale=group_scale)
 
 
-def _searched(ratio: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes int8 [O, G, I / G] and bytes int8 [O, G] of the groups of weights over the scale of their row."""
+def table_scale(weight: Tensor, *, clip_ratio: ClipRatio = None) -> Tensor:
+    """Compute Δ of each row of a weight [O, I], fp32 [O], rounded to the stored dtype; 1 of a row of zeros."""
+    scale = weight.float().abs().amax(dim=1) / _LARGEST_VALUE
+    scale = stored_values("weight_scale", scale if clip_ratio is None else scale * clip_ratio)
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def search_table(ratio: Tensor, *, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find table and scale of groups of weights over the Δ of their row, fp32 [O, G, I / G].
+
+    Squared errors count by `importance`, fp32 [I / G], or all alike.
+
+    Returns:
+        Codes int8 [O, G, I / G] and bytes int8 [O, G].
+    """
+    tables = torch.tensor(TABLES, dtype=torch.float32, device=ratio.device)
     largest = ratio.gather(2, ratio.abs().argmax(dim=2, keepdim=True)) * (_UNIT / MAX_LEVEL)
     best = torch.full_like(largest, torch.inf)
     codes, found = torch.empty_like(ratio, dtype=torch.int8), torch.empty_like(largest, dtype=torch.int8)
@@ -65,7 +75,8 @@ def _searched(ratio: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
         for number, levels in enumerate(tables):
             place = nearest_level(wanted, levels)
             values = scaled_levels(levels.to(torch.int16)[place], scale)
-            error = (ratio - values).square_().sum(dim=2, keepdim=True)
+            squares = (ratio - values).square_()
+            error = (squares if importance is None else squares.mul_(importance)).sum(dim=2, keepdim=True)
             better = error < best
             best = torch.where(better, error, best)
             codes = torch.where(better, (place - len(levels) // 2).to(torch.int8), codes)

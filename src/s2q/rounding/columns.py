@@ -1,0 +1,111 @@
+"""What GPTQ rounds columns to: codes of scales that are known before, or those of tables, which are found on the way.
+
+`ScaledColumns` and `TableColumns` have one interface. Columns are rows of memory, [I, O], in the order of GPTQ.
+
+Shapes: `I/O` in/out features, `G` groups, `K` columns of a block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2q.core.codebook import group_levels, levels_of, nearest_level
+from s2q.core.qparams import RoundedWeight, code_range, quantize
+from s2q.core.schemes import QuantScheme, num_groups
+from s2q.rounding.table import search_table
+
+
+class ScaledColumns:
+    """Codes of a weight whose scales [O] or [O, G] are known, in an order of its columns [I].
+
+    Attributes:
+        multiple: Columns that a block holds a multiple of.
+    """
+
+    multiple = 1
+
+    def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor, _factor: Tensor, _hessian: Tensor) -> None:
+        groups = scale.view(len(scale), -1).t()  # [G, O] or [1, O]
+        self._scale, self._scheme, self._order = scale, scheme, order
+        self._scales = groups[order.div(len(order) // len(groups), rounding_mode="floor")]
+        self._divisors = torch.where(self._scales == 0, 1, self._scales)
+        self._levels = levels_of(scheme, len(order), device=scale.device)
+        self._codes = torch.empty(self._scales.shape, dtype=torch.int8, device=scale.device)
+
+    def round(self, block: Tensor, column: int, start: int, units: Tensor, *, error: Tensor) -> None:
+        """Round a column of a block, [K, O], whose first one has the place `start`; the error is w - q, [O].
+
+        Columns are rows of memory, and this takes four operations: on a GPU their number is what takes time.
+        """
+        value = units[column]
+        torch.div(block[column], self._divisors[start + column], out=value)
+        if self._levels is None:
+            value.round_().clamp_(*code_range(self._scheme.num_bits))
+        else:
+            value.copy_(self._levels[nearest_level(value, self._levels).long()])
+        torch.addcmul(block[column], value, self._scales[start + column], value=-1, out=error)
+
+    def finish(self, units: Tensor, start: int) -> None:
+        """Keep the codes of a block from their values over their scales, [K, O]."""
+        codes = quantize(units, units.new_ones(()), num_bits=self._scheme.num_bits, levels=self._levels)
+        self._codes[start : start + len(units)] = codes
+
+    def rounded(self, rows: Sequence[int]) -> list[RoundedWeight]:
+        """Return the rounded weights that have these numbers of rows."""
+        codes = _in_place(self._codes, self._order)
+        parts = zip(*(torch.split(tensor, list(rows)) for tensor in (codes, self._scale)), strict=True)
+        return [RoundedWeight(codes=codes, scale=scale) for codes, scale in parts]
+
+
+class TableColumns:
+    """Codes of a weight with tables, and the bytes of its groups, which are found when their turn comes.
+
+    Attributes:
+        multiple: Columns of a group.
+    """
+
+    def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor, factor: Tensor, hessian: Tensor) -> None:
+        groups = num_groups(scheme, len(order))
+        self.multiple = len(order) // groups
+        self._scale, self._order = scale, order
+        alive = hessian.diagonal()[order] > 0
+        importance = factor.diagonal().square().reciprocal()
+        least = importance[alive].min() if bool(alive.any()) else 1.0
+        self._importance = torch.where(alive, importance, least)
+        self._codes = torch.empty(len(order), len(scale), dtype=torch.int8, device=scale.device)
+        self._group_scale = torch.empty(groups, len(scale), dtype=torch.int8, device=scale.device)
+        self._values = torch.empty(0)
+
+    def round(self, block: Tensor, column: int, start: int, _units: Tensor, *, error: Tensor) -> None:
+        """Round a column of a block; see `ScaledColumns.round`."""
+        place = start + column
+        if place % self.multiple == 0:
+            self._search(block[column : column + self.multiple], place)
+        nearest = (block[column].unsqueeze(1) - self._values).abs_().argmin(dim=1, keepdim=True)
+        torch.sub(block[column], self._values.gather(1, nearest).squeeze(1), out=error)
+        self._codes[place] = nearest.squeeze(1) - self._values.shape[1] // 2
+
+    def _search(self, group: Tensor, place: int) -> None:
+        """Find the byte of a group, of its weights [I / G, O] as they are now, and the values of its codes."""
+        ratio = (group.t() / self._scale.unsqueeze(1)).unsqueeze(1)
+        _, found = search_table(ratio, importance=self._importance[place : place + self.multiple])
+        self._group_scale[place // self.multiple] = found.squeeze(1)
+        self._values = group_levels(found.squeeze(1)) * self._scale.unsqueeze(1)
+
+    def finish(self, units: Tensor, start: int) -> None:
+        """Do nothing: codes are known by column."""
+
+    def rounded(self, rows: Sequence[int]) -> list[RoundedWeight]:
+        """Return the rounded weights that have these numbers of rows."""
+        codes = _in_place(self._codes, self._order)
+        group_scale = _in_place(self._group_scale, self._order[:: self.multiple] // self.multiple)
+        parts = zip(*(torch.split(tensor, list(rows)) for tensor in (codes, self._scale, group_scale)), strict=True)
+        return [RoundedWeight(codes=codes, scale=scale, group_scale=grouped) for codes, scale, grouped in parts]
+
+
+def _in_place(columns: Tensor, order: Tensor) -> Tensor:
+    """Return columns [I, O] that are in an order as [O, I] in their own places."""
+    result = torch.empty(columns.shape[1], columns.shape[0], dtype=columns.dtype, device=columns.device)
+    result[:, order] = columns.t()
+    return result
