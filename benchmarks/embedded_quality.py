@@ -37,7 +37,7 @@ def measure(model: str, recipes: list[str], *, prompts: int, seeds: int, dtype: 
     for recipe in recipes:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "checkpoint"
-            report = quantize(model, recipe=recipe, out=out)
+            report = quantize(model, recipe=recipe, out=out, workers=1)  # seconds are those of one thread
             result = summarise(judge_model(str(out), reference))
         result["videos"] = rounded_metrics(result["videos"])
         described = {"model": recipe, "reference": model, "storage": dict(report.storage)}
