@@ -48,7 +48,7 @@ bench-cpu bench-gpu: $(READY)
 # Whole linears and the embedded step in one thread, with all instructions of this CPU and limited to AVX2 (as on a CPU
 # without VNNI and bf16). Then a step of distillation of three recipes. Takes minutes; always measures again.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
-KINDS := s2q-w4a8,s2q-w4a6,s2q-w4a4
+KINDS := s2q-w4a8,s2q-w4a6,s2q-w4a4,s2q-plus-w4a8,s2q-table-w4a8
 LEARN := s2q-w4a6,s2q-plus-w4a6,q-vdit-w4a6
 KINDS_RUN = OMP_NUM_THREADS=1 $(1) $(BIN)/s2q bench --device cpu --again --repeats 5 --seconds 4 \
 	-o $(BENCH)/cpu-one-thread$(2).json --json -r

@@ -15,10 +15,10 @@ from s2q.planning.widths import RECOMMENDED, WITHOUT_CALIBRATION
 
 RECIPES = (
     "s2q-plus-w8a8",
-    *(RECOMMENDED, "s2q-w4a8", WITHOUT_CALIBRATION, "rtn-w4a8"),
+    *(*RECOMMENDED, "s2q-w4a8", WITHOUT_CALIBRATION, "rtn-w4a8"),
     *("s2q-plus-w4a6", "s2q-w4a6", "s2q-plus-w4a4", "s2q-w4a4"),
 )
-SIZES = ("s2q-plus-w8a8", RECOMMENDED, WITHOUT_CALIBRATION, "s2q-w4a8")
+SIZES = ("s2q-plus-w8a8", *RECOMMENDED, WITHOUT_CALIBRATION, "s2q-w4a8")
 TIMED_ON = "h100"
 CPUS = {
     "CPU with AVX-512 VNNI": ("int8", "int8", "cpu-one-thread"),
@@ -34,7 +34,7 @@ UNUSED_INT4 = (80, 86, 89)
 def devices_table(recipe: str) -> str:
     """Products of each kind of device, and the measured speed of whole linears with a recipe."""
     lines = table_head(
-        "device", ["W4A8, W4A6, W4A4", "W8A8, `table-w4a8`", "4-bit units", f"speed of a linear, `{recipe}`"]
+        "device", ["W4A8, W4A6, W4A4", "W8A8, tables", "4-bit units", f"speed of a linear, `{recipe}`"]
     )
     for name, (narrow, wide, file) in CPUS.items():
         lines.append(table_row(name, [narrow, wide, "none", _speeds(file, recipe)]))

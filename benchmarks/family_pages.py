@@ -11,7 +11,7 @@ from s2q.exports.layout import LAYOUTS
 from s2q.models import FAMILIES
 from s2q.models.family import Family
 
-RECIPES = ("s2q-w4a6", "s2q-plus-w4a8")
+RECIPES = ("s2q-w4a6", "s2q-table-w4a8")
 TIMED = (
     ("H100, fp32", "float32", "h100"),
     ("H100, bf16", "bfloat16", "h100"),

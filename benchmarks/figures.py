@@ -13,7 +13,7 @@ from s2q.report.cost_chart import OURS, PEER, RIVAL, Point, cost_chart
 IMAGES = Path(__file__).parents[1] / "docs/images"
 MODELS = ("shapes-cogvideox", "shapes-wan")
 COMPARED = "shapes-wan"
-STEPS = ("rtn", "table", "quarot", "svdquant", "s2q", "s2q-plus")
+STEPS = ("rtn", "table", "quarot", "svdquant", "s2q", "s2q-plus", "s2q-table")
 """Methods from rounding to nearest to everything learned."""
 STYLE = """
 text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#59636e}

@@ -28,7 +28,7 @@ from s2q.report.formatting import format_bytes
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quickstart.md"
 RESULT = Path(__file__).parent / "results" / "quickstart.json"
-NAMED = {"MODEL": "shapes-cogvideox", "OUT": "own", "s2q-plus-w4a8": "s2q-w4a8"}
+NAMED = {"MODEL": "shapes-cogvideox", "OUT": "own", "s2q-table-w4a8": "s2q-w4a8"}
 """Words of the commands for a model of one's own, and what takes their place here."""
 QUICK = ("--samples", "4", "--set", "distillation.epochs=1", "--set", "calibration.n_prompts=2")
 """Added to the calibration with prompts of one's own, which takes minutes otherwise."""

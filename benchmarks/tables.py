@@ -64,7 +64,7 @@ MEASURED = "src/s2q/planning/measured.yaml"
 WIDTHS = ("w8a8", "w4a16", "w4a8", "w4a6", "w4a4", "w3a6")
 METHODS = (
     *("rtn", "smoothquant", "ptq4dit", "brecq", "quarot", "vidit-q", "svdquant", "vidit-q-mp", "q-dit"),
-    *("s2q", "s2q-plus"),
+    *("s2q", "s2q-plus", "table", "s2q-table"),
 )
 ORDER = [f"{method}-{width}" for width in WIDTHS for method in METHODS]
 LABELS = ("shape", "colour", "direction", "background")

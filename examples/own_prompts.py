@@ -22,7 +22,7 @@ EVALUATION = [
 ]
 
 
-def main(model="shapes-cogvideox", out="own-prompts", *, recipe="s2q-plus-w4a8", samples=16, steps=8):
+def main(model="shapes-cogvideox", out="own-prompts", *, recipe="s2q-table-w4a8", samples=16, steps=8):
     planned = s2q.plan(model, recipe=recipe)
     print(f"{recipe}: {planned.storage['ratio']:.2f} times smaller than bf16")
     s2q.quantize(model, recipe=recipe, out=out, prompts=CALIBRATION, samples=samples)

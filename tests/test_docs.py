@@ -52,7 +52,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(), flags=re.DOTALL)
     assert code is not None
     names: dict[str, object] = {}
-    example = code.group(1).replace('"s2q-plus-w4a8"', '"rtn-w4a8"')  # the same path in seconds, not minutes
+    example = code.group(1).replace('"s2q-table-w4a8"', '"rtn-w4a8"')  # the same path in seconds, not minutes
     assert example != code.group(1)
     exec(compile(example, "quickstart.md", "exec"), names)
     assert len(names["video"]) == 9
@@ -107,5 +107,5 @@ def test_what_to_choose_exists():
 
     page = (ROOT / "docs" / "choose.md").read_text()
     named = set(re.findall(r"`((?:s2q|table|q-vdit)(?:-[a-z]+)*-(?:w\da\d+|\*))`", page))
-    assert {"s2q-plus-w4a8", "table-w4a8", "s2q-export-*"} <= named
+    assert {"s2q-table-w4a8", "s2q-plus-w4a8", "table-w4a8", "s2q-export-*"} <= named
     assert [name for name in named if not any(fnmatch(known, name) for known in recipe_names())] == []

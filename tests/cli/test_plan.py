@@ -50,9 +50,9 @@ def test_a_plan_names_what_the_device_multiplies_and_what_to_take(capsys):
     assert (
         "On 5090: W8A8, W4A8, W4A6, W4A4 have integer products (int8 tensor cores); NVFP4 has products of its own "
         "(--backend fp4); s2q-w4a8 has the same bytes and products as s2q-w4a6, with 8-bit inputs; recommended: "
-        "s2q-plus-w4a8\n"
+        "s2q-table-w4a8\n"
     ) in shown
-    assert run(["plan", "-m", MODEL, "-r", "s2q-plus-w4a8", "--device", "cpu"]) == 0
-    shown = capsys.readouterr().out
-    assert "On this device: " in shown
-    assert "recommended" not in shown
+    assert run(["plan", "-m", MODEL, "-r", "s2q-table-w4a8", "--device", "5090"]) == 0
+    assert "recommended" not in capsys.readouterr().out
+    assert run(["plan", "-m", MODEL, "-r", "s2q-w4a8", "--device", "cpu"]) == 0
+    assert "On this device: " in capsys.readouterr().out

@@ -7,14 +7,13 @@ nearest runs at every width for that.
 import pytest
 
 from emulation import runs
-from s2q.recipes.load import recipe_names
+from s2q.recipes.methods import methods, recipe_names
 
-METHODS = sorted({name.rpartition("-")[0] for name in recipe_names()})
-WIDTHS = {"table": "w4a8", "s2q-export-branch": "w4a8"}
+METHODS = sorted(methods())
 RECIPES = [
     *(name for name in recipe_names() if name.startswith("rtn-")),
     "s2q-w3a6",
-    *(f"{method}-{WIDTHS.get(method, 'w4a4')}" for method in METHODS if method != "rtn"),
+    *(f"{name}-{'w4a4' if 'w4a4' in methods()[name]['widths'] else 'w4a8'}" for name in METHODS if name != "rtn"),
 ]
 
 pytestmark = pytest.mark.gpu

@@ -9,6 +9,7 @@ from s2q.planning import device_products, gpus, plan, planned_widths
 from s2q.planning.widths import RECOMMENDED, WITHOUT_CALIBRATION
 from s2q.recipes.load import load_recipe, recipe_names
 
+BEST, ON_AVX2 = RECOMMENDED  # the first has levels of 8 bits
 ALL = ("w8a8", "w4a8", "w4a6", "w4a4")
 NVFP4 = tuple(
     f"{side}={{num_bits: 4, granularity: per_group, group_size: 16, levels: nvfp4}}"
@@ -70,11 +71,12 @@ def test_linears_without_a_product_are_named(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "same_cost", "recommended"),
     [
-        ("s2q-w4a6", "s2q-w4a8", RECOMMENDED),
-        ("rtn-w4a6", "rtn-w4a8", RECOMMENDED),
-        ("rtn-w4a8", None, RECOMMENDED),
-        (WITHOUT_CALIBRATION, None, RECOMMENDED),  # its levels are of 8 bits
-        (RECOMMENDED, None, None),
+        ("s2q-w4a6", "s2q-w4a8", ON_AVX2),
+        ("rtn-w4a6", "rtn-w4a8", ON_AVX2),
+        ("rtn-w4a8", None, ON_AVX2),
+        (WITHOUT_CALIBRATION, None, ON_AVX2),  # its levels are of 8 bits
+        (ON_AVX2, None, None),
+        (BEST, None, ON_AVX2),
     ],
 )
 def test_a_cpu_is_recommended_what_it_multiplies(recipe, same_cost, recommended, monkeypatch):
@@ -114,15 +116,16 @@ def test_a_gpu_has_the_widths_of_its_capability(capability, integer, fp4):
 @pytest.mark.parametrize(
     ("recipe", "same_cost", "recommended"),
     [
-        ("s2q-w4a6", "s2q-w4a8", RECOMMENDED),
-        ("s2q-plus-w4a4", RECOMMENDED, RECOMMENDED),
-        ("s2q-w3a6", "activations.num_bits=8", RECOMMENDED),
-        (RECOMMENDED, None, None),
+        ("s2q-w4a6", "s2q-w4a8", BEST),
+        ("s2q-plus-w4a4", ON_AVX2, BEST),
+        ("s2q-w3a6", "activations.num_bits=8", BEST),
+        (BEST, None, None),
+        (ON_AVX2, None, BEST),
         ("rtn-w4a4", "rtn-w4a8", WITHOUT_CALIBRATION),
         ("rtn-w4a16", None, WITHOUT_CALIBRATION),
         (WITHOUT_CALIBRATION, None, None),
         ("s2q-w8a8", None, None),
-        ("q-dit-w4a4", None, RECOMMENDED),  # simulated
+        ("q-dit-w4a4", None, BEST),  # simulated
         ("s2q-export-w4a4", None, None),
         ("convrot-w4a4", None, None),
     ],

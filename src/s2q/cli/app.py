@@ -63,12 +63,12 @@ def _root(
 EXAMPLES = {
     "demo": ("s2q demo --short",),
     "plan": (
-        "s2q plan -m shapes-cogvideox -r s2q-plus-w4a8",
-        "s2q plan -m synthetic:wan-14b --recipes s2q-w4a6,s2q-plus-w4a8 --device h100",
+        "s2q plan -m shapes-cogvideox -r s2q-table-w4a8",
+        "s2q plan -m synthetic:wan-14b --recipes s2q-w4a6,s2q-table-w4a8 --device h100",
     ),
     "quantize": (
         "s2q quantize -m shapes-cogvideox -r table-w4a8 -o shapes-w4a8",
-        "s2q quantize -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r s2q-plus-w4a8 -o wan-w4a8 --prompts prompts.txt",
+        "s2q quantize -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r s2q-table-w4a8 -o wan-w4a8 --prompts prompts.txt",
     ),
     "generate": ('s2q generate -m shapes-w4a8 --prompt "a red circle moving left on a grey background" -o videos',),
     "eval": ("s2q eval -m shapes-w4a8 --reference shapes-cogvideox --num-prompts 4 -o eval.json",),

@@ -7,7 +7,7 @@ from typing import Any
 
 from s2q.cli import console
 
-ACCURATE = "s2q-plus-w4a8"
+ACCURATE = "s2q-table-w4a8"
 """The recipe of choice (docs/choose.md)."""
 
 

@@ -22,8 +22,11 @@ from s2q.recipes.schema import Recipe
 WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
 """Bits of weights and inputs by width."""
 
-RECOMMENDED, WITHOUT_CALIBRATION = "s2q-plus-w4a8", "table-w4a8"
-"""Recipes of 4-bit weights to take where nothing speaks for another; the second needs no samples."""
+RECOMMENDED = ("s2q-table-w4a8", "s2q-plus-w4a8")
+"""Recipes of 4-bit weights to take where nothing speaks for another; the second where 8-bit levels have no product."""
+
+WITHOUT_CALIBRATION = "table-w4a8"
+"""The one that needs no samples."""
 
 _WIDEST = 8
 
@@ -133,6 +136,6 @@ def _recommended(recipe: Recipe, products: DeviceProducts) -> str | None:
     """The recommended recipe of 4-bit weights that the device multiplies; none instead of wider weights."""
     if recipe.weights.num_bits > WIDTHS["w4a8"][0]:
         return None
-    names = (RECOMMENDED,) if recipe.calibrates else (WITHOUT_CALIBRATION, RECOMMENDED)
+    names = RECOMMENDED if recipe.calibrates else (WITHOUT_CALIBRATION, *RECOMMENDED)
     fitting = [name for name in names if products.multiplies(load_recipe(name).linear_scheme())]
     return None if not fitting or recipe.name == fitting[0] else fitting[0]
