@@ -33,9 +33,7 @@ UNUSED_INT4 = (80, 86, 89)
 
 def devices_table(recipe: str) -> str:
     """Products of each kind of device, and the measured speed of whole linears with a recipe."""
-    lines = table_head(
-        "device", ["W4A8, W4A6, W4A4", "W8A8, tables", "4-bit units", f"speed of a linear, `{recipe}`"]
-    )
+    lines = table_head("device", ["W4A8, W4A6, W4A4", "W8A8, tables", "4-bit units", f"speed of a linear, `{recipe}`"])
     for name, (narrow, wide, file) in CPUS.items():
         lines.append(table_row(name, [narrow, wide, "none", _speeds(file, recipe)]))
     for architecture, cards in CARDS.items():

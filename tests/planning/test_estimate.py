@@ -3,14 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import step_counts
 import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.models import FAMILIES
-from s2q.planning import compare_recipes, gpus, plan
+from s2q.planning import compare_recipes, flop, gpus, plan
 from s2q.planning.cost import BlockShape
 from s2q.planning.flop import Work, forward_work, reaching_work, step_work
 from s2q.planning.gpus import EXPECTED, FAST, SLOW, gpu
+from s2q.rounding.gptq import round_gptq
+from schemes import weights
 
 MODEL = "synthetic:wan-1.3b"
 SHAPE = BlockShape(
@@ -134,3 +137,20 @@ def test_passes_that_reach_blocks_by_hand():
     for chained, passes in ((True, 4), (False, 3 + 2 + 1)):
         reached = reaching_work([SHAPE] * 4, torch.float32, samples=5, chained=chained)
         assert reached.products == {rate: 5 * passes * flop for rate, flop in once.products.items()}
+
+
+@pytest.mark.parametrize(
+    ("levels", "group_size", "launches"),
+    [("uniform", None, flop._COLUMN_LAUNCHES), ("table", 16, flop._TABLE_LAUNCHES)],
+)
+def test_operations_of_gptq_are_as_many_as_planned(levels, group_size, launches):
+    def counts(columns, rows):
+        x, weight = torch.randn(3 * columns, columns), torch.randn(rows, columns)
+        scheme = weights(4, group_size=group_size, levels=levels)
+        return step_counts.counted(lambda: round_gptq([weight], scheme, hessian=x.t() @ x))
+
+    small, long, wide = counts(64, 16), counts(128, 16), counts(128, 32)
+    assert (long[0] - small[0]) / 64 == pytest.approx(launches, rel=0.05)
+    assert wide[0] == long[0]
+    if levels == "table":
+        assert (wide[1] - long[1]) / (16 * 128) == pytest.approx(flop._TABLE_BYTES, rel=0.3)  # more in wider weights

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from s2q.core.schemes import TABLE
 from s2q.planning.cost import BlockShape, Figures, Workload
 from s2q.recipes.schema import Recipe
 from s2q.selection.known import known_samples, recorded_by_round
@@ -44,8 +45,10 @@ class _Pass(Figures):
 _PLAIN = _Pass(typed=2.4, launches=7)
 _STUDENT, _STUDENT_BRANCH = _Pass(value=15, typed=2.4, launches=27), _Pass(value=10.5, launches=9)
 _STEP, _STEP_BRANCH = _Pass(value=36, typed=7, weight=82, launches=86), _Pass(value=12.5, weight=17, launches=31)
-_COLUMN_LAUNCHES = 5
-"""Operations of GPTQ for each column of the weights that read an input."""
+_COLUMN_LAUNCHES, _TABLE_LAUNCHES = 5, 40
+"""Operations of GPTQ for each column of the weights that read an input; the second with tables in groups of 16."""
+_TABLE_BYTES = 5900.0
+"""Bytes that these move for each weight, most of them in the search."""
 _EIGEN_FLOP = 9.0
 """FLOP of the eigenvectors of a symmetric matrix, for each I³."""
 _FOLDING_PASSES = 30.0
@@ -166,7 +169,7 @@ def block_work(
     if recipe.loss.weighting == "attention":
         total += Work(attention=plain.attention, launches=2) * samples
     if recipe.rounding.needs_hessian:
-        total += (plain + sample) * samples + _hessian_work(shape, samples) + _gptq_work(shape)
+        total += (plain + sample) * samples + _hessian_work(shape, samples) + _gptq_work(shape, recipe)
     if recipe.modulation_rounding.needs_hessian and shape.modulated:
         total += plain * workload.steps
     if recipe.transforms.low_rank:
@@ -231,13 +234,15 @@ def _hessian_work(shape: BlockShape, samples: int) -> Work:
     return Work({"tf32": flop})
 
 
-def _gptq_work(shape: BlockShape) -> Work:
+def _gptq_work(shape: BlockShape, recipe: Recipe) -> Work:
     """A factorization of the Hessian, fp64, for each input; then the columns of the weights that read it."""
+    has_table = recipe.weights.levels == TABLE
     inputs = [features for features, _ in shape.inputs]
     rounded = (weight * (weight // outer) for weight, (outer, _) in zip(shape.weights, shape.outputs, strict=True))
     return Work(
         {"fp64": sum(4 / 3 * features**3 for features in inputs), "fp32": float(sum(rounded))},
-        launches=_COLUMN_LAUNCHES * sum(inputs),
+        traffic=_TABLE_BYTES * sum(shape.weights) if has_table else 0.0,
+        launches=(_TABLE_LAUNCHES if has_table else _COLUMN_LAUNCHES) * sum(inputs),
     )
 
 

@@ -1,4 +1,4 @@
-"""What GPTQ rounds columns to: codes of scales that are known before, or those of tables, which are found on the way.
+"""Columns of a weight during GPTQ: codes of scales that are known before, or of tables that are found on the way.
 
 `ScaledColumns` and `TableColumns` have one interface. Columns are rows of memory, [I, O], in the order of GPTQ.
 
