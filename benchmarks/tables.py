@@ -358,7 +358,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     arguments = parser.parse_args()
     stale = []
-    for page in (*PAGES, MEASURED):
+    for page in (MEASURED, *PAGES):  # pages read the first
         path = ROOT / page
         text = path.read_text()
         new = measured_yaml() if page == MEASURED else filled(text)

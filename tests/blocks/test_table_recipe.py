@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quick import quick
 from s2q.calibration import teacher
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.common.errors import InvalidInputError, UsageError
@@ -60,7 +61,7 @@ SHORT = ["calibration.n_prompts=2", "calibration.steps=2", "calibration.samples=
 SHORT += ["calibration.height=16", "calibration.width=16", "distillation.epochs=2", "refinement.epochs=1"]
 
 
-@pytest.mark.parametrize("family", ["cogvideox", "wan"])
+@pytest.mark.parametrize("family", quick(["cogvideox", "wan"], "cogvideox"))
 def test_calibrated_tables_load_and_give_what_was_learned(tmp_path, family):
     pipe, out = tiny_pipeline(family), tmp_path / "out"
     report = quantize(pipe, recipe="s2q-table-w4a8", out=out, prompts=["a", "b"], overrides=SHORT)
