@@ -126,7 +126,11 @@ def test_a_singular_hessian_without_dampening_is_tried_again_or_rounded_to_neare
 
 
 OVERFLOWS = {"orbitquant": FIRST, "s2q-plus": LAST}  # the codebook's norm of a weight, the moments of an input
-OVERFLOWS |= {"s2q-export": BLOCK, "s2q-export-branch": BLOCK}  # the loss of what refinement starts from
+OVERFLOWS |= {
+    "s2q-table": LAST,
+    "s2q-export": BLOCK,
+    "s2q-export-branch": BLOCK,
+}  # the loss of what refinement starts from
 
 
 def overflow(block):
