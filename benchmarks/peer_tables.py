@@ -18,6 +18,9 @@ from s2q.recipes.methods import is_rival
 
 RESULTS = Path(__file__).parent / "results"
 _WIDTHS = ("w8a8", "w8a16", "w4a16", "w4a8", "w4a4")
+TOOL_MODELS = ("shapes-wan", "shapes-cogvideox", "shapes-wan-outliers", "shapes-cogvideox-outliers")
+_BESIDE_TOOLS = ("s2q-table-", "table-", "rtn-")
+"""Recipes that the table of all tools has: those to take, and rounding to nearest."""
 
 
 @cache
@@ -55,6 +58,35 @@ def peers_table(model: str) -> str:
     sample = ", ".join(f"{prompts} prompts × {seeds} seed{'s' * (seeds > 1)}" for prompts, seeds in sorted(samples))
     made_by = " and ".join(f"`{command}`" for command in sorted(commands))
     return "\n".join([*lines, "", f"{sample}, float32, block linears. Made by {made_by}."])
+
+
+def tools_table(weights: str) -> str:
+    """Velocity error of other tools and of the recipes to take, on every model, for one width of weights, "w4".
+
+    Storage is that on the first model, by whose error rows are ordered.
+    """
+    by_model = {}
+    for model in TOOL_MODELS:
+        records = {name: record for bits in ("a16", "a8") for name, record in records_of(model, weights + bits).items()}
+        chosen = {
+            name: record for name, record in records.items() if "width" in record or name.startswith(_BESIDE_TOOLS)
+        }
+        by_model[model] = with_shared_videos(chosen)
+    first = by_model[TOOL_MODELS[0]]
+    bits = f"{weights[1:]}-bit weights, velocity error, %"
+    lines = table_head(bits, ["made by", "storage", *(f"`{model}`" for model in TOOL_MODELS)])
+    for name in sorted(first, key=lambda name: mean_error(first[name])):
+        record = first[name]
+        cells = [
+            format(100 * mean_error(records[name]), "#.3g").rstrip(".") if name in records else "not measured"
+            for records in by_model.values()
+        ]
+        tool = record.get("does", "s2q")
+        label = record["model"] if "width" in record else f"`{name}`"
+        lines.append(table_row(label, [tool, f"{record['storage']['ratio']:.2f}×", *cells]))
+    videos = first[name]["videos"]
+    prompts, seeds = (len({video[key] for video in videos}) for key in ("prompt", "seed"))
+    return "\n".join([*lines, "", f"{prompts} prompts × {seeds} seeds, storage on `{TOOL_MODELS[0]}`."])
 
 
 def _row(name: str, record: dict[str, Any], best: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
 from methods import field_table, measured_errors, methods_table, parts_added_table
-from peer_tables import peers_table
+from peer_tables import peers_table, tools_table
 from published import bytes_table, calls_table, commands_of, cost_table, python_of, sizes_table
 from quickstart import quickstart_table
 from reproduce.beside import overview_table
@@ -289,6 +289,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "methods": methods_table,
     "field": field_table,
     "peers": peers_table,
+    "tools": tools_table,
     "choose-devices": devices_table,
     "choose-models": models_table,
     "choose-recipes": recipes_table,
