@@ -14,6 +14,7 @@ from markdown_tables import interval, mean_by_prompt, table_head, table_row
 from methods import mean_error, with_shared_videos
 
 from s2q.evaluation.paired import paired_differences
+from s2q.planning import plan
 from s2q.recipes.methods import is_rival
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,8 +83,10 @@ def tools_table(weights: str) -> str:
             for records in by_model.values()
         ]
         tool = record.get("does", "s2q")
-        label = record["model"] if "width" in record else f"`{name}`"
-        lines.append(table_row(label, [tool, f"{record['storage']['ratio']:.2f}×", *cells]))
+        label, ratio = record["model"], record["storage"]["ratio"]
+        if "width" not in record:  # whose checkpoints may have been of an earlier format
+            label, ratio = f"`{name}`", plan(TOOL_MODELS[0], recipe=name).storage["ratio"]
+        lines.append(table_row(label, [tool, f"{ratio:.2f}×", *cells]))
     videos = first[name]["videos"]
     prompts, seeds = (len({video[key] for video in videos}) for key in ("prompt", "seed"))
     return "\n".join([*lines, "", f"{prompts} prompts × {seeds} seeds, storage on `{TOOL_MODELS[0]}`."])

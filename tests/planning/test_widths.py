@@ -6,7 +6,7 @@ import torch
 
 from s2q.common import processor
 from s2q.planning import device_products, gpus, plan, planned_widths
-from s2q.planning.widths import RECOMMENDED, WITHOUT_CALIBRATION
+from s2q.planning.widths import RECOMMENDED, WITHOUT_CALIBRATION, recommended_recipe
 from s2q.recipes.load import load_recipe, recipe_names
 
 BEST, ON_AVX2 = RECOMMENDED  # the first has levels of 8 bits
@@ -82,6 +82,14 @@ def test_linears_without_a_product_are_named(monkeypatch):
 def test_a_cpu_is_recommended_what_it_multiplies(recipe, same_cost, recommended, monkeypatch):
     widths = planned_widths(load_recipe(recipe), cpu_with({"avx2"}, monkeypatch))
     assert (widths.same_cost, widths.recommended) == (same_cost, recommended)
+
+
+@pytest.mark.parametrize(
+    ("features", "recipe"), [({"avx2"}, ON_AVX2), ({"avx2", "avx512", "avx512_vnni"}, BEST), (set(), BEST)]
+)
+def test_the_next_command_has_the_recipe_that_a_plan_recommends(features, recipe, monkeypatch):
+    cpu_with(features, monkeypatch)
+    assert recommended_recipe("cpu") == recipe
 
 
 GROUPS = "weights={num_bits: 4, granularity: per_group, group_size: 32}"

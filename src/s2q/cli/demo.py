@@ -71,7 +71,7 @@ def demo(
         output.emit_json(record)
     else:
         _show(record, page)
-        own = ["quantize", "-m", "MODEL", "-r", next_steps.ACCURATE, "--prompts", "FILE", "-o", "OUT"]
+        own = ["quantize", "-m", "MODEL", "-r", next_steps.recipe_of_choice(), "--prompts", "FILE", "-o", "OUT"]
         next_steps.say_next([next_steps.generate_with(out / _CHECKPOINT), own])
     if open_page and console.stderr.is_terminal and _has_screen():
         webbrowser.open(page.as_uri())

@@ -7,14 +7,19 @@ from typing import Any
 
 from s2q.cli import console
 
-ACCURATE = "s2q-table-w4a8"
-"""The recipe of choice (docs/choose.md)."""
-
 
 def say_next(commands: Sequence[Sequence[str]]) -> None:
     """Show commands, one a line, as they are typed."""
     for index, words in enumerate(commands):
         console.say(f"{'      ' if index else 'next: '}{shlex.join(['s2q', *words])}")
+
+
+def recipe_of_choice() -> str:
+    """Return the recipe that `s2q plan` recommends on this machine (docs/choose.md)."""
+    from s2q.cli.options import resolve_device
+    from s2q.planning.widths import recommended_recipe
+
+    return recommended_recipe(resolve_device("auto"))
 
 
 def generate_with(model: str | Path, *, folder: Path | None = None, variant: str | None = None) -> list[str]:
@@ -58,7 +63,19 @@ def after_generate(model: str, folder: Path, *, variant: str | None) -> list[lis
     from s2q.models.quantized import full_precision_origin
 
     if not checkpoint_record(folder):
-        return [["quantize", "-m", model, "-r", ACCURATE, *_prompts(model, folder), *_variant(variant), "-o", "OUT"]]
+        return [
+            [
+                "quantize",
+                "-m",
+                model,
+                "-r",
+                recipe_of_choice(),
+                *_prompts(model, folder),
+                *_variant(variant),
+                "-o",
+                "OUT",
+            ]
+        ]
     return [evaluate_with(model, full_precision_origin(folder), variant=variant)]
 
 

@@ -211,7 +211,8 @@ def _calibration_prompts(peer: Peer, source: ModelSource, prompts: Sequence[str]
     """Return the first prompts of those given, or of those of an embedded model."""
     if prompts is None:
         if source.name not in EMBEDDED_NAMES:
-            raise InvalidInputError(f"{peer.name} needs calibration prompts; pass --calibration-prompts FILE")
+            remedy = "pass --calibration-prompts FILE, or name the peers without it"
+            raise InvalidInputError(f"{peer.name} needs calibration prompts; {remedy}")
         prompts = embedded_prompts(source.name, split="calibration", count=most)
     return with_first_frames(source, prompts[:most])
 
@@ -351,9 +352,7 @@ def _autoround(
     given = calibrate(_AUTOROUND_PROMPTS)
     pipe, settings = given.pipe, given.settings
     if len(transformers_of(pipe)) > 1:
-        raise InvalidInputError(
-            "auto-round: is asked for one transformer, and this model has two; remove it from --peers"
-        )
+        raise InvalidInputError("auto-round tunes one transformer and this model has two; remove it from --peers")
     family = family_of(pipe.transformer)
     for blocks in family.block_lists:
         block = pipe.transformer.get_submodule(blocks)[0]
@@ -386,7 +385,7 @@ def _autoround(
     free_memory()
     transformer = load()
     for name, linear in packed.items():
-        transformer.set_submodule(name, linear)
+        transformer.set_submodule(name, linear.to(transformer.device))  # it is tuned and packed on the CPU
     return transformer
 
 

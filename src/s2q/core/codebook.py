@@ -96,7 +96,7 @@ def nibble_levels(scheme: QuantScheme, in_features: int, *, device: torch.device
     """
     with torch.inference_mode(False):
         if scheme.has_table:
-            return torch.tensor(TABLES, dtype=torch.int8, device=device).flatten()
+            return table_levels(device).flatten()
         levels = levels_of(scheme, in_features, device=device)
         assert levels is not None
         assert scheme.has_int8_levels, scheme
@@ -104,6 +104,13 @@ def nibble_levels(scheme: QuantScheme, in_features: int, *, device: torch.device
         nibbles = torch.zeros(NIBBLES, dtype=torch.int8, device=device)
         nibbles[first : first + len(levels)] = levels.to(torch.int8)
         return nibbles
+
+
+@cache
+def table_levels(device: torch.device | str = "cpu") -> Tensor:
+    """Return `TABLES` as int8 [4, 16]; all callers of a device share one tensor."""
+    with torch.inference_mode(False):
+        return torch.tensor(TABLES, dtype=torch.int8, device=device)
 
 
 def table_and_scale(group_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +127,7 @@ def scaled_levels(levels: Tensor, scale: Tensor) -> Tensor:
 def group_levels(group_scale: Tensor) -> Tensor:
     """Return v of the sixteen codes of each group, int16 [..., 16], of its byte g, int8 [...]; v falls where s < 0."""
     table, scale = table_and_scale(group_scale)
-    levels = torch.tensor(TABLES, dtype=torch.int16, device=group_scale.device)[table.int()]
-    return scaled_levels(levels, scale.unsqueeze(-1))
+    return scaled_levels(table_levels(group_scale.device)[table.int()], scale.unsqueeze(-1))
 
 
 def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:

@@ -296,7 +296,8 @@ class SchemeOptions(Options):
         """Check that the group size fits the granularity."""
         super().__post_init__()
         if self.granularity == "per_group" and self.group_size is None:
-            raise self.invalid("granularity=per_group needs a group_size; use 64, 128 or 256")
+            sizes = "16" if self.levels == TABLE else "64, 128 or 256"
+            raise self.invalid(f"granularity=per_group needs a group_size; use {sizes}")
         if self.granularity != "per_group" and self.group_size is not None:
             raise self.invalid(f"group_size={self.group_size} needs granularity=per_group; got {self.granularity}")
 

@@ -184,7 +184,8 @@ class StudentInput(nn.Module):
 
 def _less_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Subtract a product from x [..., I] in one operation."""
-    return torch.addmm(x.flatten(0, -2), left.flatten(0, -2), right, alpha=-1).view(x.shape)
+    rows, factors = x.reshape(-1, x.shape[-1]), left.reshape(-1, left.shape[-1])
+    return torch.addmm(rows, factors, right, alpha=-1).view(x.shape)
 
 
 def start_tensors(steps: Sequence[InputPart], weight: Tensor | None, *, of_linear: bool) -> nn.ParameterDict:

@@ -1,7 +1,7 @@
 /* Elementwise passes of a quantized linear on the CPU, fused: each reads its input once and writes its result once.
 
-   ops/fused.py compiles this file where there is a C compiler, checks that its bits are those of PyTorch's operations,
-   and loads it; without it the same operations run one after the other. No header of PyTorch or Python is needed.
+   ops/fused.py compiles this file where there is a C compiler, checks that its bits are those of PyTorch's operations
+   (gradients that are sums have an order of their own), and loads it; without it the same operations run one after the other. No header of PyTorch or Python is needed.
    M rows (tokens), I in features, O out features; strides count elements. */
 
 #include <math.h>
@@ -412,8 +412,8 @@ static void kronecker_gradient_block(const float *x, const float *scale, const f
     add_product(scaled, 1, n2, rotated, of_right, n2, rows * n1, n2);
 }
 
-/* `right` is transposed; `half` is that of s2q_kronecker. `sums` [pieces, n1 n1 + n2 n2 + I] has the gradients towards left, right and scale
-   of `piece` rows each, so that they do not depend on the number of threads. */
+/* `right` is transposed; `half` is that of s2q_kronecker. `sums` [pieces, n1 n1 + n2 n2 + I] has the gradients towards
+   left, right and scale of `piece` rows each, so that they do not depend on the number of threads. */
 void s2q_kronecker_gradient(const float *x, const float *scale, const float *left, const float *right,
                             const float *half, const float *grad, float *grad_x, float *sums, int64_t piece,
                             int64_t n1, int64_t n2, int64_t rows, int64_t columns) {

@@ -89,6 +89,13 @@ def planned_widths(recipe: Recipe, products: DeviceProducts) -> PlannedWidths:
     return PlannedWidths(products=products, native=native, same_cost=same_cost, recommended=recommended)
 
 
+def recommended_recipe(device: str) -> str:
+    """Return the recipe that calibrates to take on a device: the first of `RECOMMENDED` that it multiplies."""
+    products = device_products(device)
+    fitting = (name for name in RECOMMENDED if products and products.multiplies(load_recipe(name).linear_scheme()))
+    return next(fitting, RECOMMENDED[0])
+
+
 def device_products(device: str, *, capability: tuple[int, int] | None = None) -> DeviceProducts | None:
     """Return the products of a device; None for a GPU that is not here and whose capability is not given.
 

@@ -25,31 +25,33 @@ class ScaledColumns:
 
     multiple = 1
 
-    def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor, _factor: Tensor, _hessian: Tensor) -> None:
+    def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor) -> None:
         groups = scale.view(len(scale), -1).t()  # [G, O] or [1, O]
         self._scale, self._scheme, self._order = scale, scheme, order
         self._scales = groups[order.div(len(order) // len(groups), rounding_mode="floor")]
         self._divisors = torch.where(self._scales == 0, 1, self._scales)
         self._levels = levels_of(scheme, len(order), device=scale.device)
         self._codes = torch.empty(self._scales.shape, dtype=torch.int8, device=scale.device)
+        self._units = torch.empty(0)
 
-    def round(self, block: Tensor, column: int, start: int, units: Tensor, *, error: Tensor) -> None:
+    def round(self, block: Tensor, column: int, start: int, *, error: Tensor) -> None:
         """Round a column of a block, [K, O], whose first one has the place `start`; the error is w - q, [O].
 
-        Columns are rows of memory, and this takes four operations: on a GPU their number is what takes time.
+        It takes three operations, and those of a block's codes: on a GPU their number is what takes time.
         """
-        value = units[column]
+        if column == 0:
+            self._units = torch.empty_like(block)
+        value = self._units[column]
         torch.div(block[column], self._divisors[start + column], out=value)
         if self._levels is None:
             value.round_().clamp_(*code_range(self._scheme.num_bits))
         else:
             value.copy_(self._levels[nearest_level(value, self._levels).long()])
         torch.addcmul(block[column], value, self._scales[start + column], value=-1, out=error)
-
-    def finish(self, units: Tensor, start: int) -> None:
-        """Keep the codes of a block from their values over their scales, [K, O]."""
-        codes = quantize(units, units.new_ones(()), num_bits=self._scheme.num_bits, levels=self._levels)
-        self._codes[start : start + len(units)] = codes
+        if column == len(block) - 1:
+            one = value.new_ones(())
+            codes = quantize(self._units, one, num_bits=self._scheme.num_bits, levels=self._levels)
+            self._codes[start : start + len(block)] = codes
 
     def rounded(self, rows: Sequence[int]) -> list[RoundedWeight]:
         """Return the rounded weights that have these numbers of rows."""
@@ -63,21 +65,20 @@ class TableColumns:
 
     Attributes:
         multiple: Columns of a group.
+
+    Args:
+        importance: Weights of squared errors of the columns in the search, fp32 [I], in their order.
     """
 
-    def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor, factor: Tensor, hessian: Tensor) -> None:
+    def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor, *, importance: Tensor) -> None:
         groups = num_groups(scheme, len(order))
         self.multiple = len(order) // groups
-        self._scale, self._order = scale, order
-        alive = hessian.diagonal()[order] > 0
-        importance = factor.diagonal().square().reciprocal()
-        least = importance[alive].min() if bool(alive.any()) else 1.0
-        self._importance = torch.where(alive, importance, least)
+        self._scale, self._order, self._importance = scale, order, importance
         self._codes = torch.empty(len(order), len(scale), dtype=torch.int8, device=scale.device)
         self._group_scale = torch.empty(groups, len(scale), dtype=torch.int8, device=scale.device)
         self._values = torch.empty(0)
 
-    def round(self, block: Tensor, column: int, start: int, _units: Tensor, *, error: Tensor) -> None:
+    def round(self, block: Tensor, column: int, start: int, *, error: Tensor) -> None:
         """Round a column of a block; see `ScaledColumns.round`."""
         place = start + column
         if place % self.multiple == 0:
@@ -88,13 +89,10 @@ class TableColumns:
 
     def _search(self, group: Tensor, place: int) -> None:
         """Find the byte of a group, of its weights [I / G, O] as they are now, and the values of its codes."""
-        ratio = (group.t() / self._scale.unsqueeze(1)).unsqueeze(1)
+        ratio = (group.t() / self._scale.unsqueeze(1)).contiguous().unsqueeze(1)  # sums are in the order of memory
         _, found = search_table(ratio, importance=self._importance[place : place + self.multiple])
         self._group_scale[place // self.multiple] = found.squeeze(1)
         self._values = group_levels(found.squeeze(1)) * self._scale.unsqueeze(1)
-
-    def finish(self, units: Tensor, start: int) -> None:
-        """Do nothing: codes are known by column."""
 
     def rounded(self, rows: Sequence[int]) -> list[RoundedWeight]:
         """Return the rounded weights that have these numbers of rows."""

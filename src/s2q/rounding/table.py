@@ -15,7 +15,7 @@ Shapes: `O/I` out/in features, `G` groups.
 import torch
 from torch import Tensor
 
-from s2q.core.codebook import MAX_LEVEL, TABLE_BITS, TABLES, nearest_level, scaled_levels
+from s2q.core.codebook import MAX_LEVEL, TABLE_BITS, nearest_level, scaled_levels, table_levels
 from s2q.core.qparams import ClipRatio, RoundedWeight
 from s2q.core.schemes import QuantScheme, num_groups
 from s2q.core.stored_form import stored_values
@@ -65,10 +65,10 @@ def search_table(ratio: Tensor, *, importance: Tensor | None = None) -> tuple[Te
     Returns:
         Codes int8 [O, G, I / G] and bytes int8 [O, G].
     """
-    tables = torch.tensor(TABLES, dtype=torch.float32, device=ratio.device)
+    tables = table_levels(ratio.device).float()
     largest = ratio.gather(2, ratio.abs().argmax(dim=2, keepdim=True)) * (_UNIT / MAX_LEVEL)
     best = torch.full_like(largest, torch.inf)
-    codes, found = torch.empty_like(ratio, dtype=torch.int8), torch.empty_like(largest, dtype=torch.int8)
+    codes, found = torch.zeros_like(ratio, dtype=torch.int8), torch.zeros_like(largest, dtype=torch.int8)
     for candidate in RATIOS:
         scale = (largest * candidate).round_().clamp_(_LOWEST, _HIGHEST)
         wanted = ratio * _UNIT / torch.where(scale == 0, 1.0, scale)
