@@ -47,6 +47,6 @@ def _left_as_it_was(device):
 
 def _allocated():
     gc.collect()  # modules with hooks are in cycles
-    for constant in (codebook.levels_of, codebook.nibble_levels, codebook.table_levels):  # of all layers of a device, some bytes
-        constant.cache_clear()
+    for constant in (codebook.levels_of, codebook.nibble_levels, codebook.table_levels):
+        constant.cache_clear()  # of all layers of a device, some bytes
     return [torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())]
