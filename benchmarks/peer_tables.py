@@ -87,7 +87,7 @@ def tools_table(weights: str) -> str:
         if "width" not in record:  # whose checkpoints may have been of an earlier format
             label, ratio = f"`{name}`", plan(TOOL_MODELS[0], recipe=name).storage["ratio"]
         lines.append(table_row(label, [tool, f"{ratio:.2f}×", *cells]))
-    videos = first[name]["videos"]
+    videos = next(iter(first.values()))["videos"]
     prompts, seeds = (len({video[key] for video in videos}) for key in ("prompt", "seed"))
     return "\n".join([*lines, "", f"{prompts} prompts × {seeds} seeds, storage on `{TOOL_MODELS[0]}`."])
 

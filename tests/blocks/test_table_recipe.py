@@ -71,8 +71,7 @@ def test_calibrated_tables_load_and_give_what_was_learned(tmp_path, family):
     loaded = load_pipeline(out)
     packed = [layer for layer in loaded.transformer.modules() if isinstance(layer, PackedLinear)]
     assert not any(layer.simulated for layer in packed)
-    of_blocks = [layer for layer in packed if layer.weight_group_scale is not None]
-    assert {layer.low_rank_weight is not None for layer in of_blocks} >= {True}
+    assert any(layer.weight_group_scale is not None and layer.low_rank_weight is not None for layer in packed)
     found, full = run_pipeline(loaded), run_pipeline(pipe)
     assert float((found - full).norm() / full.norm()) < 0.2
 

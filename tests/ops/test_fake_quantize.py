@@ -124,7 +124,7 @@ def test_kernels_take_no_rows():
 
 
 @bitwise
-def test_rows_that_are_not_contiguous():
+def test_rows_that_are_not_contiguous_have_the_same_values_and_gradients():
     x, upstream = draw(300, 64).t(), draw(64, 300, seed=3)
     results = [
         learned(quantizer, x, torch.tensor([0.7]), upstream, 6)

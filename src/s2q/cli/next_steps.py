@@ -63,19 +63,8 @@ def after_generate(model: str, folder: Path, *, variant: str | None) -> list[lis
     from s2q.models.quantized import full_precision_origin
 
     if not checkpoint_record(folder):
-        return [
-            [
-                "quantize",
-                "-m",
-                model,
-                "-r",
-                recipe_of_choice(),
-                *_prompts(model, folder),
-                *_variant(variant),
-                "-o",
-                "OUT",
-            ]
-        ]
+        options = [*_prompts(model, folder), *_variant(variant), "-o", "OUT"]
+        return [["quantize", "-m", model, "-r", recipe_of_choice(), *options]]
     return [evaluate_with(model, full_precision_origin(folder), variant=variant)]
 
 

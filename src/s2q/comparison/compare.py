@@ -184,11 +184,12 @@ def _dry(setup: Setup) -> dict[str, Any]:
 
 def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, report: Progress) -> dict[str, str]:
     """Quantize with every recipe that has no checkpoint here; return why recipes failed."""
-    planned = [entry for entry in setup.entries if entry.label in setup.planned]
-    todo = [entry for entry in planned if not _is_made(folder, entry)]
-    for entry in planned:
-        if entry not in todo:
+    todo = []
+    for entry in setup.entries:
+        if entry.label in setup.planned and _is_made(folder, entry):
             remove_run_folder(folder.checkpoint(entry.label))
+        elif entry.label in setup.planned:
+            todo.append(entry)
     workers = settings.workers
     failures: dict[str, str] = {}
     units = [_units(entry.recipe) for entry in todo if entry.recipe is not None]

@@ -1,7 +1,8 @@
 /* Elementwise passes of a quantized linear on the CPU, fused: each reads its input once and writes its result once.
 
    ops/fused.py compiles this file where there is a C compiler, checks that its bits are those of PyTorch's operations
-   (gradients that are sums have an order of their own), and loads it; without it the same operations run one after the other. No header of PyTorch or Python is needed.
+   (gradients that are sums have an order of their own), and loads it; without it the same operations run one after the
+   other. No header of PyTorch or Python is needed.
    M rows (tokens), I in features, O out features; strides count elements. */
 
 #include <math.h>

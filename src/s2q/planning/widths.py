@@ -6,6 +6,7 @@ small as 4, and more accurate. Only products of NVFP4 blocks gain from inputs of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,8 +93,7 @@ def planned_widths(recipe: Recipe, products: DeviceProducts) -> PlannedWidths:
 def recommended_recipe(device: str) -> str:
     """Return the recipe that calibrates to take on a device: the first of `RECOMMENDED` that it multiplies."""
     products = device_products(device)
-    fitting = (name for name in RECOMMENDED if products and products.multiplies(load_recipe(name).linear_scheme()))
-    return next(fitting, RECOMMENDED[0])
+    return (products and _first_multiplied(RECOMMENDED, products)) or RECOMMENDED[0]
 
 
 def device_products(device: str, *, capability: tuple[int, int] | None = None) -> DeviceProducts | None:
@@ -144,5 +144,9 @@ def _recommended(recipe: Recipe, products: DeviceProducts) -> str | None:
     if recipe.weights.num_bits > WIDTHS["w4a8"][0]:
         return None
     names = RECOMMENDED if recipe.calibrates else (WITHOUT_CALIBRATION, *RECOMMENDED)
-    fitting = [name for name in names if products.multiplies(load_recipe(name).linear_scheme())]
-    return None if not fitting or recipe.name == fitting[0] else fitting[0]
+    best = _first_multiplied(names, products)
+    return None if recipe.name == best else best
+
+
+def _first_multiplied(names: Sequence[str], products: DeviceProducts) -> str | None:
+    return next((name for name in names if products.multiplies(load_recipe(name).linear_scheme())), None)

@@ -38,7 +38,10 @@ def round_table(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = 
         codes int8 [O, I], scale fp32 [O] and group_scale int8 [O, G], the bytes of groups. The scale of a row of zeros
         is 1, and s of its groups 0.
     """
-    groups, scale = num_groups(scheme, weight.shape[1]), table_scale(weight, clip_ratio=clip_ratio)
+    groups = num_groups(scheme, weight.shape[1])
+    scale = weight.float().abs().amax(dim=1) / _LARGEST_VALUE
+    scale = stored_values("weight_scale", scale if clip_ratio is None else scale * clip_ratio)
+    scale = torch.where(scale == 0, 1.0, scale)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     group_scale = torch.empty(len(weight), groups, dtype=torch.int8, device=weight.device)
     step = max(1, _PIECE // max(1, weight.shape[1]))
@@ -48,13 +51,6 @@ def round_table(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = 
         found, group_scale[part] = search_table(ratio)
         codes[part] = found.flatten(1)
     return RoundedWeight(codes=codes, scale=scale, group_scale=group_scale)
-
-
-def table_scale(weight: Tensor, *, clip_ratio: ClipRatio = None) -> Tensor:
-    """Compute Δ of each row of a weight [O, I], fp32 [O], rounded to the stored dtype; 1 of a row of zeros."""
-    scale = weight.float().abs().amax(dim=1) / _LARGEST_VALUE
-    scale = stored_values("weight_scale", scale if clip_ratio is None else scale * clip_ratio)
-    return torch.where(scale == 0, 1.0, scale)
 
 
 def search_table(ratio: Tensor, *, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
