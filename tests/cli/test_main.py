@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from s2q.cli import SPINS, WAITING, limit_spinning, run
+from s2q.cli import LARGE_PAGES, SPINS, WAITING, limit_spinning, run, take_large_pages
 from s2q.common.errors import (
     BusyError,
     InvalidInputError,
@@ -135,14 +135,23 @@ def test_waiting_threads_sleep_unless_the_user_chose(chosen):
     assert environment == {"OMP_NUM_THREADS": "2", **(chosen or {"GOMP_SPINCOUNT": SPINS})}
 
 
+@pytest.mark.parametrize("chosen", [{}, {LARGE_PAGES: "0"}])
+def test_large_tensors_get_large_pages_unless_the_user_chose(chosen):
+    environment = dict(chosen)
+    take_large_pages(environment)
+    assert environment == (chosen or {LARGE_PAGES: "1"})
+
+
 @pytest.mark.slow
-def test_the_command_sets_it_before_torch_is_there_and_the_library_never():
-    unset = {name: value for name, value in os.environ.items() if name not in WAITING}
-    library = "import os, s2q, s2q.generation.load; print(os.environ.get('GOMP_SPINCOUNT'))"
+def test_the_command_sets_both_before_torch_is_there_and_the_library_never():
+    names = [*WAITING, LARGE_PAGES]
+    unset = {name: value for name, value in os.environ.items() if name not in names}
+    shown = f"[os.environ.get(name) for name in {names[1::2]}]"
+    library = f"import os, s2q, s2q.generation.load; print({shown})"
     command = (
         "import os, sys, s2q.cli; s2q.cli.run = lambda arguments: 'torch' in sys.modules;"
-        "sys.exit = lambda loaded: print(os.environ['GOMP_SPINCOUNT'], loaded); s2q.cli.main(['--version'])"
+        f"sys.exit = lambda loaded: print({shown}, loaded); s2q.cli.main(['--version'])"
     )
-    for code, expected in ((library, "None"), (command, f"{SPINS} False")):
+    for code, expected in ((library, "[None, None]"), (command, f"['{SPINS}', '1'] False")):
         done = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected

@@ -1,5 +1,6 @@
 """The compiled elementwise passes: PyTorch's bits, and PyTorch's operations wherever they cannot be compiled."""
 
+import itertools
 import subprocess
 
 import pytest
@@ -72,6 +73,39 @@ def test_unpacking_and_rescaling_odd_sizes(passes):
     passes.rescale(sums, w_scale, x_scale.flatten(), bias, out=wide[:, 5:38])
     assert torch.equal(wide[:, 5:38], torch.addcmul(bias, sums.float() * w_scale, x_scale).bfloat16())
     assert not bool(wide[:, :5].any() or wide[:, 38:].any())
+
+
+@pytest.mark.parametrize("rank", [1, 16, 33])
+@pytest.mark.parametrize("rows", [64, 300, 4097])
+def test_a_branch_is_added_before_the_last_rounding(rows, rank):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randint(-8, 8, (200, 96), dtype=torch.int8, generator=generator)
+    x = torch.randint(-32, 32, (rows, 96), dtype=torch.int8, generator=generator)
+    low, weight = draw(rows, rank) * 1e3, draw(200, rank, seed=1).bfloat16()
+    scales = draw(rows, 1, seed=2).abs(), pack_codes(w, num_bits=4), draw(200, seed=3).abs()
+    for dtype, bias in itertools.product(fused.DTYPES, (None, draw(200, seed=4).bfloat16())):
+        expected, found = (
+            rescaled_int_matmul(x, *scales, bias, low, weight, x_bits=6, w_bits=4, out_dtype=dtype, backend=backend)
+            for backend in ("reference", "cpu")
+        )
+        assert torch.equal(found, expected), (dtype, bias is None)
+
+
+def test_a_branch_of_few_rows_is_pytorchs(monkeypatch):
+    passes = fused.passes()
+    if passes is None or not passes.adds_branches:
+        pytest.skip("no pass adds a branch")
+    given = []
+    monkeypatch.setattr(
+        fused.Passes, "rescale", lambda self, *tensors, branch=None, out: given.append(branch) or out.zero_()
+    )
+    for rows in (63, 64):
+        x, w = torch.ones(rows, 16, dtype=torch.int8), pack_codes(torch.ones(64, 16, dtype=torch.int8), num_bits=4)
+        rescaled_int_matmul(
+            x, torch.ones(rows, 1), w, torch.ones(64), None, torch.ones(rows, 2), torch.ones(64, 2), w_bits=4,
+            out_dtype=torch.float32, backend="cpu",
+        )  # fmt: skip
+    assert [branch is None for branch in given] == [True, False]
 
 
 def run(backend="cpu"):

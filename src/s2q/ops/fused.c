@@ -382,6 +382,37 @@ static void add_pairs(const float *a, const float *b, float *sums, int64_t rows,
     }
 }
 
+/* What s2q_rescale writes plus low [M, rank] times branch [rank, O], in fp32 before the last rounding; O is at most
+   PANEL. Each sum over the rank starts at 0, as those of MKL do. */
+#define PANEL 2048
+#define HIGH 8 /* rows at a time */
+#define RESCALE_BRANCH(TYPE)                                                                                           \
+    static void rescale_branch_row_##TYPE(const int32_t *restrict sums, const float *restrict w_scale, float x_scale,  \
+                                          const float *restrict bias, const float *restrict more, TYPE *restrict out,  \
+                                          int64_t columns) {                                                           \
+        for (int64_t j = 0; j < columns; j++)                                                                          \
+            out[j] = narrow_##TYPE(__builtin_fmaf((float)sums[j] * w_scale[j], x_scale, bias[j]) + more[j]);           \
+    }                                                                                                                  \
+                                                                                                                       \
+    void s2q_rescale_branch_##TYPE(const int32_t *sums, const float *w_scale, const float *x_scale, const float *bias, \
+                                   const float *low, const float *branch, int64_t rank, TYPE *out,                     \
+                                   int64_t out_stride, int64_t rows, int64_t columns) {                                \
+        PARALLEL                                                                                                       \
+        for (int64_t first = 0; first < rows; first += HIGH) {                                                         \
+            float more[HIGH * PANEL];                                                                                  \
+            int64_t count = rows - first < HIGH ? rows - first : HIGH;                                                 \
+            product(low + first * rank, rank, 1, branch, more, count, rank, columns);                                  \
+            for (int64_t r = 0; r < count; r++) {                                                                      \
+                int64_t i = first + r;                                                                                 \
+                rescale_branch_row_##TYPE(sums + i * columns, w_scale, x_scale[i], bias, more + r * columns,           \
+                                          out + i * out_stride, columns);                                              \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+RESCALE_BRANCH(bf16)
+RESCALE_BRANCH(f32)
+
 void s2q_kronecker(const float *x, const float *scale, const float *left, const float *right, float *half, float *out,
                    int64_t n1, int64_t n2, int64_t rows, int64_t columns) {
     PARALLEL

@@ -41,6 +41,12 @@ _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 DTYPES = tuple(_NAMES)
 """Dtypes that `quantize` reads and `rescale` writes."""
 
+PANEL = 2048
+"""Out features of `rescale` with a branch, at most."""
+
+SMALLEST_BRANCH = 64
+"""Rows and out features of `rescale` with a branch, at least: BLAS sums products of few rows in other orders."""
+
 ORDERS = range(12, 65)
 """Orders of factors that `kronecker` takes: BLAS sums smaller products otherwise, and larger ones leave the caches."""
 
@@ -55,6 +61,7 @@ class Passes:
 
     Attributes:
         multiplies: Whether there are products (with AVX-512), whose bits are those of PyTorch's BLAS.
+        adds_branches: Whether `rescale` takes a low-rank branch, with the same bits.
 
     Args:
         library: `fused.c`, loaded.
@@ -63,6 +70,7 @@ class Passes:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.multiplies = hasattr(library, "s2q_kronecker") and _products_equal_torch(self)
+        self.adds_branches = self.multiplies and _branches_equal_torch(self)
 
     def scale(self, x: Tensor, shift: Tensor, scale: Tensor, *, out: Tensor) -> Tensor:
         """Write (x - shift) · scale, rounded once, to `out`; both bf16 [M, I], rows of x may be strided."""
@@ -136,12 +144,26 @@ class Passes:
         of_left, of_right, of_scale = torch.split_with_sizes(sums.sum(dim=0), sizes)
         return of_scale, of_left.view(n1, n1), of_right.view(n2, n2)
 
-    def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor, *, out: Tensor) -> None:
+    def rescale(
+        self,
+        sums: Tensor,
+        w_scale: Tensor,
+        x_scale: Tensor,
+        bias: Tensor,
+        *,
+        branch: tuple[Tensor, Tensor] | None = None,
+        out: Tensor,
+    ) -> None:
         """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided.
 
-        A bias of -0 changes nothing, not even the sign of zero.
+        A bias of -0 changes nothing, not even the sign of zero. A branch is coefficients [M, r] and a weight [r, O],
+        both fp32, whose product is added before the last rounding; O is at most `PANEL`.
         """
-        self._call(f"rescale_{_NAMES[out.dtype]}", sums, w_scale, x_scale, bias, out, out.stride(0), *sums.shape)
+        name, vectors = _NAMES[out.dtype], (sums, w_scale, x_scale, bias)
+        if branch is None:
+            self._call(f"rescale_{name}", *vectors, out, out.stride(0), *sums.shape)
+        else:
+            self._call(f"rescale_branch_{name}", *vectors, *branch, len(branch[1]), out, out.stride(0), *sums.shape)
 
     def unpack(self, packed: Tensor, *, out: Tensor) -> None:
         """Unpack codes of up to 4 bits, uint8 [O, P], to int8 [O, 2P]; see `core.packing.unpack_codes`."""
@@ -368,6 +390,24 @@ def _products_equal_torch(passes: Passes) -> bool:
         expected = (back * x).sum(dim=0), (first @ grads.mT).sum(dim=0), (scaled.mT @ rotated).sum(dim=0)
         if not all(_is_close(one, other) for one, other in zip(sums, expected, strict=True)):
             return False
+    return True
+
+
+@in_fresh_torch_state
+@torch.no_grad()
+def _branches_equal_torch(passes: Passes) -> bool:
+    """Compare rescaling with a branch with PyTorch's operations, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, rank in ((300, 192, 32), (67, 131, 16), (SMALLEST_BRANCH, PANEL, 7)):
+        sums = torch.randint(-(1 << 20), 1 << 20, (rows, columns), dtype=torch.int32, generator=generator)
+        (w_scale, bias), x_scale = torch.rand(2, columns, generator=generator), torch.rand(rows, 1, generator=generator)
+        low, weight = (torch.randn(size, generator=generator) * 1e5 for size in ((rows, rank), (columns, rank)))
+        expected = torch.addcmul(bias, sums.float() * w_scale, x_scale).addmm_(low, weight.t())
+        for dtype in DTYPES:
+            out = torch.empty(rows, columns, dtype=dtype)
+            passes.rescale(sums, w_scale, x_scale, bias, branch=(low, weight.t().contiguous()), out=out)
+            if not torch.equal(out, expected.to(dtype)):
+                return False
     return True
 
 

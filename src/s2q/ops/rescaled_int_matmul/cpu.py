@@ -1,7 +1,7 @@
 """Rescaled integer product on the CPU: in pieces whose codes and sums stay in the same buffers and in the caches.
 
 The products are those of `int_matmul`, and the rescaling is the reference's: results are bit-equal. It takes one pass
-over the sums where a C compiler is (`ops.fused`), except that a low-rank branch is added afterwards. Codes are
+over the sums where a C compiler is (`ops.fused`), and with AVX-512 the same pass adds a low-rank branch. Codes are
 unpacked, offset and prepacked in the call, which takes a fortieth of the products' time for 2048 rows; small layers
 bring their weight prepacked (`nn.dequantized`).
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from s2q.core.packing import check_packed, unpack_codes
-from s2q.ops.fused import DTYPES, Passes, passes, vector
+from s2q.ops.fused import DTYPES, PANEL, SMALLEST_BRANCH, Passes, passes, vector
 from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.scratch import take
 
-ROWS, COLUMNS = 2048, 2048
+ROWS, COLUMNS = 4096, PANEL
 """Rows and out features of a product, at most: its codes of w and its sums are some MiB."""
 
 UNPACKED_CODES = 1 << 20
@@ -48,24 +48,27 @@ def rescaled_int_matmul(
     Packed codes uint8 [O, P] are unpacked piece by piece, and nothing is kept. If `multiplies_pairs`, w may also be [K,
     O] from `int_matmul.cpu.prepack`.
     """
-    columns = w_scale.shape[0]
-    out = torch.empty(x_codes.shape[0], columns, dtype=out_dtype, device="cpu")
+    columns, rows = w_scale.shape[0], len(x_codes)
+    out = torch.empty(rows, columns, dtype=out_dtype, device="cpu")
     branch = None if low_rank_weight is None else low_rank_weight.float()
     offset = None if bias is None else bias.float()
     pairs, direct = cpu.multiplies_pairs(x_bits=x_bits, w_bits=w_bits), branch is None and shared_output is None
     fused = None if pairs or (direct and out_dtype not in DTYPES) else passes()
+    joins = fused is not None and fused.adds_branches and shared_output is None and out_dtype in DTYPES
+    joins = joins and min(rows, columns) >= SMALLEST_BRANCH
+    low_rank_input = None if low_rank_input is None else low_rank_input.contiguous()
     if fused is not None:  # -0 changes nothing, not even the sign of zero
-        offset, x_scale = vector(bias, columns, missing=-0.0), vector(x_scale, len(x_codes), missing=1.0)
+        offset, x_scale = vector(bias, columns, missing=-0.0), vector(x_scale, rows, missing=1.0)
         w_scale = vector(w_scale, columns, missing=1.0)
     if pairs:
         x_codes = cpu.offset_codes(x_codes, num_bits=x_bits)
-    pieces = max(1, math.ceil(columns / COLUMNS))
-    width = columns if w_codes.is_mkldnn else math.ceil(columns / pieces)  # as few pieces as can be, of even width
+    width, height = columns if w_codes.is_mkldnn else _even_size(columns, COLUMNS), _even_size(rows, ROWS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
         w_piece = w_codes if w_codes.is_mkldnn else _prepared(w_codes[wide], x_codes, w_bits=w_bits, pairs=pairs)
-        for start in range(0, len(x_codes), ROWS):
-            x_piece = x_codes[start : start + ROWS]
+        joined = branch[wide].t().contiguous() if branch is not None and joins else None
+        for start in range(0, rows, height):
+            x_piece = x_codes[start : start + height]
             if pairs:
                 sums = cpu.multiply_pairs(x_piece, w_piece, w_scale[wide], x_bits=x_bits)
             else:
@@ -75,8 +78,9 @@ def rescaled_int_matmul(
                 total = sums[first : first + step]
                 part = slice(start + first, start + first + len(total))
                 scales = None if pairs else w_scale[wide], x_scale[part], None if offset is None else offset[wide]
-                if direct:
-                    _rescale(total, *scales, out=out[part, wide], fused=fused)
+                if direct or joined is not None:
+                    added = None if joined is None or low_rank_input is None else (low_rank_input[part], joined)
+                    _rescale(total, *scales, branch=added, out=out[part, wide], fused=fused)
                     continue
                 wider = take("rescaled sums", tuple(total.shape), torch.float32)
                 _rescale(total, *scales, out=wider, fused=fused)
@@ -94,6 +98,7 @@ def _rescale(
     x_scale: Tensor,
     bias: Tensor | None,
     *,
+    branch: tuple[Tensor, Tensor] | None = None,
     out: Tensor,
     fused: Passes | None,
 ) -> None:
@@ -101,7 +106,7 @@ def _rescale(
     if fused is not None:
         assert w_scale is not None
         assert bias is not None
-        fused.rescale(sums, w_scale, x_scale, bias, out=out)
+        fused.rescale(sums, w_scale, x_scale, bias, branch=branch, out=out)
         return
     total = sums
     if w_scale is not None:
@@ -113,6 +118,11 @@ def _rescale(
         torch.addcmul(bias, total, x_scale, out=target)
     if target is total:
         out.copy_(total)
+
+
+def _even_size(total: int, most: int) -> int:
+    """Return the size of as few pieces as can be, at most `most` each and even."""
+    return max(1, math.ceil(total / max(1, math.ceil(total / most))))
 
 
 def _prepared(w_codes: Tensor, x_codes: Tensor, *, w_bits: int, pairs: bool) -> Tensor:
