@@ -33,7 +33,7 @@ def test_what_inference_mode_made_can_be_written_outside():
     scratch.take("made in inference mode", (8,), torch.float32).add_(1)
 
 
-def test_memory_of_real_widths_stays_below_56_mib():
+def test_memory_of_real_widths_stays_below_72_mib():
     """The only memory that outlives a call, beside 200 MiB of packed weights in the smallest published model."""
     scratch.release()
     for rows, depth, columns in ((4096, 192, 12288), (8, 12288, 3072)):  # most sums, most codes
@@ -43,5 +43,5 @@ def test_memory_of_real_widths_stays_below_56_mib():
         rescaled_int_matmul(codes, scales[0], w, scales[1], x_bits=6, w_bits=4, out_dtype=torch.bfloat16)
     x = torch.randn(600, 12288, dtype=torch.bfloat16)
     activation_path(x, InputTensors(left=torch.eye(96), right=torch.eye(128), scale=torch.ones(12288)), num_bits=6)
-    assert 16 << 20 < sum(buffer.nbytes for buffer in vars(scratch._BUFFERS).values()) < 56 << 20
+    assert 16 << 20 < sum(buffer.nbytes for buffer in vars(scratch._BUFFERS).values()) < 72 << 20
     scratch.release()

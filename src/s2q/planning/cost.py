@@ -2,7 +2,7 @@
 
 What a step of distillation holds is linear in the weights and in the values that go in and out of linears:
 
-    plain           weight · Σ O·I + value · Σ rows · (I + O)      an input that several linears share counts once
+    plain           weight · Σ O·I + 6 max O·I + value · Σ rows · (I + O)    an input that linears share counts once
     checkpointed    4 Σ O·I + max((weight + 14) max O·I, piece · max O · rows of a piece, channel · rows · d)
 
 The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the live memory of a step,
@@ -34,7 +34,7 @@ DEFAULT_MEMORY_BUDGET = 16 * 10**9
 """Most that activations of calibration take of the host's memory unless told otherwise."""
 
 _FP32 = torch.float32.itemsize
-_WEIGHT, _MORE_AT_HAND = 4, 14
+_WEIGHT, _AT_HAND, _MORE_AT_HAND = 4, 6, 14
 
 
 class Figures:
@@ -59,9 +59,9 @@ class _StepBytes(Figures):
 
 
 _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
-    "quantization": {4: _StepBytes(7.5, 11, 42, 72), 2: _StepBytes(11.7, 10.8, 42, 54)},
-    "transform": {4: _StepBytes(8.4, 4.6, 12.6, 12.6), 2: _StepBytes(9.5, 3.2, 12.6, 10.5)},
-    "low rank": {4: _StepBytes(5.6, 2.7, 5, 4.2), 2: _StepBytes(8.6, 1.3, 5, 4.2)},
+    "quantization": {4: _StepBytes(6.7, 10.6, 35.4, 60.8), 2: _StepBytes(10.5, 11.1, 34.4, 37)},
+    "transform": {4: _StepBytes(7.3, 4.6, 9.3, 16.1), 2: _StepBytes(9.1, 3, 9.1, 23.9)},
+    "low rank": {4: _StepBytes(3.4, 3.5, 4.3, 9.5), 2: _StepBytes(9.2, 0, 12.4, 2.4)},
 }
 _LEARNED_WEIGHT = 18
 """In place of the factor of a weight where its rounding is learned, which fixes the transform."""
@@ -270,7 +270,8 @@ class BlockShape:
             )
             return int(state + _WEIGHT * all_weights + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
-        return int(state + factors.weight * all_weights + factors.value * values)
+        weights = factors.weight * all_weights + _AT_HAND * max(self.weights, default=0)
+        return int(state + weights + factors.value * values)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights."""
