@@ -1,6 +1,6 @@
 """Tables of exported checkpoints: beside the reading program's own quantization, and as ComfyUI computes them.
 
-    python benchmarks/exports.py -m MODEL
+    python benchmarks/exports.py -m MODEL [--to comfyui]
     python benchmarks/comfyui.py COMFYUI_FOLDER --python INTERPRETER
 
 Evaluations are in ``results/exports/MODEL``, outputs of ComfyUI in ``results/exports/comfyui.json``.
@@ -18,19 +18,22 @@ from s2q.shapes.embedded import EMBEDDED_NAMES
 RESULTS = Path(__file__).parent / "results" / "exports"
 NAMES = {"wan": "Wan", "ltx": "LTX-Video", "hunyuanvideo": "HunyuanVideo"}
 PROGRAMS = {"ComfyUI": "comfyui", "comfy-kitchen": "comfy-kitchen", "PyTorch": "torch"}
+TOOLS = {"sdnq-w4a8": ("sdnq", "SDNQ", ""), "comfy-w4a8": ("comfy-kitchen", "comfy-kitchen", "comfyui")}
+"""By peer: package, name, and folder of the records."""
 _ERROR = "velocity_relative_error"
 
 
 def exports_table(peer: str) -> str:
     """Exported recipes of each embedded model, with paired ratios to a peer."""
-    lines = table_head("model", ["quantized by", "storage", "velocity error, %", "ratio to SDNQ", "PSNR dB"])
+    package, tool, folder = TOOLS[peer]
+    lines = table_head("model", ["quantized by", "storage", "velocity error, %", f"ratio to {tool}", "PSNR dB"])
     samples, commands = set(), set()
     for model in EMBEDDED_NAMES:
-        records = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / model).glob("*.json"))}
+        records = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / model / folder).glob("*.json"))}
         for name in sorted(records, key=lambda name: (name != peer, name)):
             record = records[name]
             base = records[peer] if name != peer else None
-            label = f"SDNQ {record['versions']['sdnq']}" if base is None else f"`{name}`"
+            label = f"{tool} {record['versions'][package]}" if base is None else f"`{name}`"
             lines.append(table_row(f"`{model}`", [label, *_cells(record, base)]))
             samples.add((record["n_prompts"], record["n_seeds"]))
             commands.add(record["command"])

@@ -14,6 +14,7 @@ CONVROT = "convrot-w4a8"
 BRANCH = ("transforms.low_rank=8", "transforms.low_rank_from=weight")
 OUTER = ("outer={num_bits: 8}",)
 GROUPS = ("weights={num_bits: 4, granularity: per_group, group_size: 32}", "outer=null")
+TABLE = ("weights={num_bits: 4, granularity: per_group, group_size: 16, levels: fp8_table}",)
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LINEAR = "transformer_blocks.0.attn1.to_q"
 FILE_LINEAR = "blocks.0.self_attn.q"
@@ -42,12 +43,16 @@ def linear_of(codes, scale, *, bits=4, activation=None, group_size=None, bias=No
     quantized = scheme(bits, activation, group_size=group_size)
     rounded = RoundedWeight(codes=codes, scale=torch.tensor(scale))
     layer = PackedLinear.from_rounded(rounded, bias=bias, scheme=quantized, inputs=inputs, path=path)
-    form = LinearForm(
+    return layer, form_of(layer)
+
+
+def form_of(layer):
+    """The form of a packed linear."""
+    return LinearForm(
         name="x",
         in_features=layer.in_features,
         out_features=layer.out_features,
-        scheme=quantized,
+        scheme=layer.scheme,
         path=layer.path,
         dtype=torch.float32,
     )
-    return layer, form

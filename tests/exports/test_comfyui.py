@@ -7,28 +7,40 @@ import torch
 from safetensors.torch import load_file
 
 import s2q
-from exported import OUTER, ROW, linear_of, packed_linears
+from exported import OUTER, ROW, TABLE, form_of, linear_of, packed_linears
+from s2q.core.codebook import FP8_SCALES, FP8_TABLE_NUMBER, TABLES
+from s2q.core.qparams import RoundedWeight
+from s2q.core.schemes import LinearScheme
 from s2q.exports.layout import LAYOUTS
 from s2q.exports.targets import TARGETS
+from s2q.nn import PackedLinear
+from schemes import activations, weights
 
-NARROW = {"convrot-w4a4": ("skip=['*.ffn.net.2']",)}  # 96 channels, no multiple of 64
+CASES = {
+    "convrot-w4a8": ("convrot-w4a8",),
+    "convrot-w4a8 table": ("convrot-w4a8", *TABLE),
+    "convrot-w8a8": ("convrot-w8a8",),
+    "convrot-w4a4": ("convrot-w4a4", "skip=['*.ffn.net.2']"),  # 96 channels, no multiple of 64
+}
 BLOCK_LINEARS = [f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"] + ["ffn.0"]
 UNQUANTIZED_INPUTS = {"format": "int8_tensorwise", "convrot": False, "full_precision_matrix_mult": True}
 WIDE_MARKS = {
     "convrot-w4a8": {"format": "asym_w4a8_int8", "group_size": 64, "convrot_groupsize": 64},
+    "convrot-w4a8 table": {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 64},
     "convrot-w8a8": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
     "convrot-w4a4": {"format": "convrot_w4a4", "convrot_groupsize": 64},
 }
 NARROW_MARKS = {
     "convrot-w4a8": {"format": "asym_w4a8_int8", "group_size": 96, "convrot_groupsize": 16},
+    "convrot-w4a8 table": {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 16},
     "convrot-w8a8": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16},
 }
 
 
-@pytest.fixture(params=WIDE_MARKS)
+@pytest.fixture(params=CASES)
 def exported(request, made, tmp_path):
     """A recipe, the tensors of a file and the linears of the checkpoint by their names in it."""
-    checkpoint = made("wan", request.param, *OUTER, *NARROW.get(request.param, ()))
+    checkpoint = made("wan", *CASES[request.param], *OUTER)
     s2q.export(checkpoint, to="comfyui", out=tmp_path / "out.safetensors")
     layout = LAYOUTS["WanTransformer3DModel"]
     linears = {layout.linear_name(name): layer for name, layer in packed_linears(checkpoint)[1].items()}
@@ -72,10 +84,14 @@ def test_codes_scales_and_biases_are_those_of_the_checkpoint(exported):
         assert torch.equal(stored["bias"], layer.bias), name
         kind = marks[name]["format"]
         scales = {"asym_w4a8_int8": ("weight_s_channel", "weight_s_rel")}.get(kind, ("weight_scale",))
-        assert stored.keys() == {"weight", "bias", "comfy_quant", *scales}, name
+        books = set() if layer.weight_group_scale is None else {"weight_codebook"}
+        assert stored.keys() == {"weight", "bias", "comfy_quant", *scales, *books}, name
         expected = layer.weight_scale.unsqueeze(1) if kind == "int8_tensorwise" else layer.weight_scale
         assert torch.equal(stored[scales[0]], expected), name
-        if kind == "asym_w4a8_int8":
+        if books:
+            assert stored["weight_s_rel"].dtype == torch.float8_e4m3fn, name
+            assert torch.equal(stored["weight_s_rel"].float(), (layer.weight_group_scale >> 2).float()), name
+        elif kind == "asym_w4a8_int8":
             assert torch.equal(stored["weight_s_rel"], torch.ones(layer.out_features, 1)), name
 
 
@@ -109,7 +125,7 @@ def test_comfy_kitchen_computes_every_linear_as_s2q(exported):
             channel = tensors[f"{name}.weight_s_channel"]
             output = eager.w4a8_int8_linear(
                 x, stored["weight"], stored["weight_s_rel"], channel, bias=stored["bias"], out_dtype=torch.float32,
-                group_size=mark["group_size"], convrot_groupsize=group,
+                group_size=mark["group_size"], convrot_groupsize=group, codebook=tensors.get(f"{name}.weight_codebook"),
             )  # fmt: skip
         elif mark["format"] == "convrot_w4a4":
             output = eager.convrot_w4a4_linear(x, stored["weight"], stored["weight_scale"], stored["bias"], group)
@@ -123,3 +139,26 @@ def test_comfy_kitchen_computes_every_linear_as_s2q(exported):
             )
         expected = layer(x)
         assert float((output - expected).abs().max() / expected.abs().max()) < 5e-6, name
+
+
+def test_every_value_of_a_table_is_that_of_the_levels_and_the_scale_in_a_file():
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(1, len(FP8_SCALES))
+    groups = torch.tensor([[scale << 2 | FP8_TABLE_NUMBER for scale in FP8_SCALES]], dtype=torch.int8)
+    layer = PackedLinear.from_rounded(
+        RoundedWeight(codes=codes, scale=torch.ones(1), group_scale=groups),
+        bias=None,
+        scheme=LinearScheme(weight=weights(4, group_size=16, levels="fp8_table"), activation=activations(8)),
+    )
+    tensors = TARGETS["comfyui"].encode(layer, form_of(layer))
+    assert tensors["weight_s_rel"].float().tolist() == [[float(scale) for scale in FP8_SCALES]]
+    levels = (torch.tensor(TABLES[FP8_TABLE_NUMBER]) + 2.0**-10) / 32  # of the codebook in a file
+    values = levels[codes.int() + 8].view(-1, 16) * tensors["weight_s_rel"].float().view(-1, 1)
+    assert torch.equal(values.round().flatten(), layer.product_codes().flatten().float())
+
+
+def test_the_files_of_a_table_have_the_codebook_of_that_test(made, tmp_path):
+    s2q.export(made("wan", "convrot-w4a8", *TABLE), to="comfyui", out=tmp_path / "out.safetensors")
+    tensors = load_file(tmp_path / "out.safetensors")
+    books = [tensor for name, tensor in tensors.items() if name.endswith(".weight_codebook")]
+    assert len(books) == sum(mark["format"] == "asym_w4a8_int8" for mark in marks_of(tensors).values())
+    assert all(torch.equal(book, (torch.tensor(TABLES[FP8_TABLE_NUMBER]) + 2.0**-10) / 32) for book in books)

@@ -15,6 +15,7 @@ from exported import (
     GROUPS,
     LINEAR,
     OUTER,
+    TABLE,
     WEIGHTS,
     assert_refused,
     packed_linears,
@@ -25,6 +26,7 @@ from s2q.cli import run
 from s2q.common.cards import read_card
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.common.records import EXPORT_RECORD
+from s2q.core.codebook import FP8_TABLE_NUMBER, TABLES
 from s2q.exports import convert as module
 from s2q.exports.layout import LAYOUTS
 from s2q.exports.reading import _marked_names
@@ -33,6 +35,8 @@ from s2q.generation.defaults import generation_defaults
 from s2q.shapes.embedded import embedded_folder
 from tiny import TINY_CALL, tiny_transformer
 
+BOOK = (torch.tensor(TABLES[FP8_TABLE_NUMBER]) + 2.0**-10) / 32
+"""The levels of a table in a file."""
 GROUPS_OF_8_BITS = (GROUPS[0].replace("num_bits: 4", "num_bits: 8"), GROUPS[1])
 
 
@@ -69,6 +73,8 @@ def test_an_export_to_sdnq_gives_the_linears_of_its_checkpoint(made, recipe, tmp
     [
         (CONVROT, *OUTER),
         slow(("convrot-w8a8",)),
+        (CONVROT, *TABLE),
+        slow(("s2q-export-table-w4a8",)),
         ("convrot-w4a4", *OUTER, "skip=['*.ffn.net.2']"),
         slow(("rtn-w4a16",)),
     ],
@@ -371,9 +377,15 @@ def test_a_file_may_have_one_scale_for_a_weight_and_int8_products_of_4_bit_codes
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight_codebook": torch.zeros(16)}, f"{FILE_LINEAR}: is stored with weight_codebook, which s2q's packed"),
-        ({"weight_s_rel": torch.full((64, 1), 2.0)}, "to_q: is stored with relative scales of groups in a row"),
-        ({"weight_s_rel": torch.ones(64, 4)}, "to_q: is stored with relative scales of groups in a row"),
+        ({"weight_codebook": torch.zeros(16)}, f"{FILE_LINEAR}: is stored with weight_codebook of other levels than"),
+        (
+            {"weight_s_rel": torch.full((64, 1), 2.0)},
+            "to_q: is stored with relative scales of groups that s2q's tables",
+        ),
+        ({"weight_s_rel": torch.ones(64, 4)}, f"{FILE_LINEAR}: is stored with weight_codebook of other levels than"),
+        ({"weight_s_rel": torch.full((64, 4), 17.0), "weight_codebook": BOOK}, "scales of groups that s2q's tables"),
+        ({"weight_s_rel": torch.ones(64, 5), "weight_codebook": BOOK}, r"relative scales of shape \[64, 5\]"),
+        ({"weight_s_rel": None}, "relative scales of shape None"),
         ({"weight": torch.zeros(64, 48, dtype=torch.int8)}, r"asym_w4a8_int8 weights torch.int8 \[64, 48\]"),
         ({"weight_s_channel": None}, "asym_w4a8_int8 scales of shape None"),
         ({"comfy_quant": {"format": "float8_e4m3fn"}}, "to_q: is stored with format 'float8_e4m3fn'"),

@@ -24,7 +24,7 @@ REFUSED = {"diffusers": {f"q-vdit-{widths}" for widths in ("w4a4", "w4a6", "w4a8
 """Targets that store all other recipes."""
 STORED = {
     "comfyui": {"convrot-w4a4", "convrot-w4a8", "convrot-w8a8", "rtn-w4a16", "rtn-w8a8"}
-    | {"s2q-export-w4a4", "s2q-export-w4a8", "s2q-export-w8a8"},
+    | {"s2q-export-w4a4", "s2q-export-w4a8", "s2q-export-w8a8", "s2q-export-table-w4a8"},
     "sdnq": {"convrot-w4a8", "convrot-w8a8", "rtn-w4a16", "rtn-w4a8", "rtn-w8a8"}
     | {"s2q-export-branch-w4a8", "s2q-export-w4a16", "s2q-export-w4a8", "s2q-export-w8a8"},
     "gguf": {"s2q-export-w4a16"},
@@ -101,6 +101,7 @@ def test_the_part_of_a_recipe_is_named(recipe, target, part, transformer):
 
 
 W4, W8, GROUPED = weights(4), weights(8), weights(4, group_size=32)
+TABLED, SMALL = (weights(4, group_size=size, levels="fp8_table") for size in (16, 2))
 A4, A6, A8 = activations(4), activations(6), activations(8)
 BRANCH = {"low_rank": 4, "deflates": False}
 
@@ -134,6 +135,11 @@ BRANCH = {"low_rank": 4, "deflates": False}
         ("comfyui", form(W4, A6, right=64), "activations of 6 bits beside weights of 4"),
         ("comfyui", form(W8, A4, right=64), "activations of 4 bits beside weights of 8"),
         ("comfyui", form(GROUPED, A8, right=64), "groups of 32 of weights, but a scale for each row"),
+        ("comfyui", form(TABLED, A4, right=64), "groups of 16 of weights, but a scale for each row"),
+        ("comfyui", form(TABLED, None, right=64), "groups of 16 of weights, but a scale for each row"),
+        ("comfyui", form(weights(4, group_size=16, levels="table"), A8, right=64), "the levels table of its weights"),
+        ("sdnq", form(TABLED, A8), "the levels fp8_table of its weights"),
+        ("comfyui", form(SMALL, A8, right=64), "groups of 2 of 64 channels, but several of 4, 8, or a multiple of 16"),
         ("comfyui", form(W4, A8), "unrotated inputs: asym_w4a8_int8 always rotates"),
         ("comfyui", form(W4, A4), "unrotated inputs: convrot_w4a4 always rotates"),
         ("comfyui", form(W4, A8, right=32), "a rotation in blocks of 32 channels, but of 4, 16, 64, 256"),
@@ -168,6 +174,7 @@ def test_the_obstacle_of_a_linear_is_named(target, linear, obstacle):
         ("comfyui", form(weights(3), A4, right=16), "convrot_w4a4"),
         ("comfyui", form(W8, A8), "int8_tensorwise"),
         ("comfyui", form(W4, None, right=4, width=68), "int8_tensorwise"),
+        ("comfyui", form(TABLED, A8, right=64), "asym_w4a8_int8"),
         ("gguf", form(weights(3, group_size=32), None), "Q4_0"),
         ("gguf", form(weights(5, group_size=32), None), "Q8_0"),
         ("diffusers", form(weights(4, levels="lloyd_max"), A6, scale=True, estimator=True), "full precision"),

@@ -1,10 +1,12 @@
 """Rounding to a table: nearest for its scales, better than a maximum on a level, and what is multiplied."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.codebook import TABLES, scaled_levels, table_and_scale
+from s2q.core.codebook import FP8_SCALES, FP8_TABLE_NUMBER, TABLES, scaled_levels, table_and_scale
 from s2q.core.packing import weight_bytes
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
@@ -12,8 +14,11 @@ from s2q.core.stored_form import file_form
 from s2q.nn import PackedLinear
 from s2q.ops.int_matmul import cpu
 from s2q.rounding import round_rtn, round_table
+from s2q.rounding.gptq import round_gptq
+from s2q.rounding.table import _whole
 
 TABLE = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16), levels="table")
+FP8_TABLE = replace(TABLE, levels="fp8_table")
 A8 = QuantScheme(num_bits=8, granularity=PerToken(), dynamic=True)
 
 
@@ -47,6 +52,30 @@ def test_its_error_is_that_of_the_docstring():
     uniform = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16))
     assert error_of(TABLE, w) == pytest.approx(0.0035, rel=0.03)
     assert error_of(TABLE, w) < 0.5 * error_of(uniform, w)
+    assert error_of(FP8_TABLE, w) == pytest.approx(0.0056, rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_groups_of_fp8_tables_have_its_table_and_its_scales(method):
+    w = weight() * torch.logspace(-1.5, 0, 4).repeat_interleave(16)  # some groups have small scales
+    w[2, :16] = 0
+    rounded = round_rtn(w, FP8_TABLE)
+    if method == "gptq":
+        inputs = weight(200, 64, seed=1)
+        rounded, _ = round_gptq([w], FP8_TABLE, hessian=inputs.t() @ inputs)[0]
+    table, scale = table_and_scale(rounded.group_scale)
+    assert set(table.flatten().tolist()) == {FP8_TABLE_NUMBER}
+    assert len(set(scale.flatten().tolist())) > 10
+    assert set(scale.flatten().tolist()) <= set(FP8_SCALES)
+    assert torch.equal(scale.to(torch.float8_e4m3fn).float(), scale.float())
+
+
+def test_scales_of_8_bit_floating_point_are_the_nearest():
+    wanted = torch.linspace(0, 40, 4001)
+    nearest = torch.tensor(FP8_SCALES).float()[(wanted.unsqueeze(1) - torch.tensor(FP8_SCALES)).abs().argmin(dim=1)]
+    found = _whole(-wanted, "fp8_table")
+    assert torch.equal((found - wanted).abs(), (nearest - wanted).abs())
+    assert set(found.tolist()) == set(FP8_SCALES)
 
 
 def test_each_code_is_the_nearest_level_of_its_scale():

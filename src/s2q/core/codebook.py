@@ -22,7 +22,8 @@ two bits name one of four tables, and the others are a scale s = g >> 2 with a s
     v = ⌊(l · s + 16) / 32⌋,    w = Δ · v
 
 The levels l of `TABLES` are not symmetric: the sign of s turns a group's longer tail to their longer side. The four
-differ in how close to the ends their levels are.
+differ in how close to the ends their levels are. "fp8_table" stores the same, of `FP8_TABLE_NUMBER` and `FP8_SCALES`
+alone: what other programs read as levels l / 32 with a scale of 8 bits (e4m3) of each group.
 
 Example: l = 127 with s = 31 is v = 123, with s = -16 it is v = -63.
 """
@@ -49,6 +50,12 @@ TABLES = (
 )
 """Levels of least squared error for groups of 16 values of a normal distribution whose table and s are searched as in
 `s2q.rounding.table`: Lloyd's iteration over all of them."""
+
+FP8_TABLE_NUMBER = 2
+"""Place in `TABLES` of the one that has the least squared error if scales are positive."""
+
+FP8_SCALES = (*range(17), *range(18, 31, 2))
+"""Scales s of 8-bit floating point (e4m3): whole numbers of 4 significant bits."""
 
 MAX_LEVEL = 127
 """Largest magnitude of an int8 level."""

@@ -18,12 +18,14 @@ MIN_BITS = 2
 MAX_BITS = 8
 UNIFORM = "uniform"
 LLOYD_MAX_INT8 = "lloyd_max_int8"
-TABLE = "table"
+TABLE, FP8_TABLE = "table", "fp8_table"
+TABLES = (TABLE, FP8_TABLE)
+"""Levels of groups that have a byte each (`core.codebook`)."""
 NVFP4, MXFP4 = "nvfp4", "mxfp4"
 FP4_GROUPS = {NVFP4: 16, MXFP4: 32}
 """Group size of the block formats of 4-bit floating point (`core.fp4`)."""
-LEVELS = (UNIFORM, "lloyd_max", LLOYD_MAX_INT8, TABLE, *FP4_GROUPS)
-INT8_LEVELS = (LLOYD_MAX_INT8, TABLE)
+LEVELS = (UNIFORM, "lloyd_max", LLOYD_MAX_INT8, *TABLES, *FP4_GROUPS)
+INT8_LEVELS = (LLOYD_MAX_INT8, *TABLES)
 """Levels that are whole numbers of 8 bits."""
 MAX_LOOKED_UP_BITS = 4
 """Width of the codes of such levels: two a byte, at most."""
@@ -103,7 +105,8 @@ class QuantScheme:
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
         levels: "uniform", scaled by the largest magnitude; those of `core.codebook`: "lloyd_max", by the root mean
             square, "lloyd_max_int8", the same as int8 values, and "table", int8 values for weights in groups, each
-            with a byte for one of four tables and a signed scale; "nvfp4" or "mxfp4" of `core.fp4`.
+            with a byte for one of four tables and a signed scale, or "fp8_table", the same with one table and scales
+            that 8-bit floating point has; "nvfp4" or "mxfp4" of `core.fp4`.
         delta: Split of video tokens into cube mean and difference; None for whole tokens. For activations.
     """
 
@@ -136,8 +139,8 @@ class QuantScheme:
             )
         if self.has_table and (self.dynamic or self.num_bits != 4 or not isinstance(self.granularity, PerGroup)):
             raise InvalidInputError(
-                f"levels={TABLE} with num_bits={self.num_bits}, {_GRANULARITY_NAMES[type(self.granularity)]}; expected "
-                "weights of 4 bits in groups: num_bits=4, granularity=per_group, group_size=16"
+                f"levels={self.levels} with num_bits={self.num_bits}, {_GRANULARITY_NAMES[type(self.granularity)]}; "
+                "expected weights of 4 bits in groups: num_bits=4, granularity=per_group, group_size=16"
             )
         if self.delta is not None and not (isinstance(self.delta, Delta) and self.dynamic):
             raise InvalidInputError(f"delta={short_repr(self.delta)}; expected a Delta in a dynamic scheme, or None")
@@ -149,8 +152,8 @@ class QuantScheme:
 
     @property
     def has_table(self) -> bool:
-        """Whether it has the levels and the two scales of "table"."""
-        return self.levels == TABLE
+        """Whether it has the levels and the two scales of a table."""
+        return self.levels in TABLES
 
     @property
     def product_bits(self) -> int:
@@ -284,6 +287,7 @@ class SchemeOptions(Options):
             `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point. "lloyd_max_int8"
             rounds that codebook to int8 values, which the kernels multiply, of weights and of inputs. "table", for
             weights in groups, has 16 int8 levels of one of four tables and a signed scale for each group, in a byte.
+            "fp8_table" is what ComfyUI's files store of it: one table, positive scales of 8-bit floating point.
             "nvfp4" and "mxfp4" are 4-bit floating point in groups of 16 and 32 (see `s2q.core.fp4`), simulated.
     """
 
@@ -296,7 +300,7 @@ class SchemeOptions(Options):
         """Check that the group size fits the granularity."""
         super().__post_init__()
         if self.granularity == "per_group" and self.group_size is None:
-            sizes = "16" if self.levels == TABLE else "64, 128 or 256"
+            sizes = "16" if self.levels in TABLES else "64, 128 or 256"
             raise self.invalid(f"granularity=per_group needs a group_size; use {sizes}")
         if self.granularity != "per_group" and self.group_size is not None:
             raise self.invalid(f"group_size={self.group_size} needs granularity=per_group; got {self.granularity}")
@@ -377,10 +381,13 @@ def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optiona
         raise InvalidInputError(f"{what}: missing {', '.join(missing)}; expected {', '.join(required)}")
 
 
+_LEVEL_NAMES = {UNIFORM: "", LLOYD_MAX_INT8: "i", TABLE: "t", FP8_TABLE: "ft", NVFP4: "nv", MXFP4: "mx"}
+
+
 def _short_name(scheme: QuantScheme) -> str:
     group = f"g{scheme.granularity.group_size}" if isinstance(scheme.granularity, PerGroup) else ""
-    codebook = {UNIFORM: "", LLOYD_MAX_INT8: "i", TABLE: "t", NVFP4: "nv", MXFP4: "mx"}.get(scheme.levels, "c")
-    return f"{scheme.num_bits}{codebook}{group}{'' if scheme.delta is None else _delta_name(scheme.delta)}"
+    delta = "" if scheme.delta is None else _delta_name(scheme.delta)
+    return f"{scheme.num_bits}{_LEVEL_NAMES.get(scheme.levels, 'c')}{group}{delta}"
 
 
 def _delta_name(delta: Delta) -> str:

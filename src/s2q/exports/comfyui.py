@@ -1,14 +1,16 @@
 """ComfyUI's quantized safetensors (comfy-kitchen 0.2.40): one file, published names, a JSON mark for each linear.
 
-- 4-bit weights, 8-bit inputs: `asym_w4a8_int8`, `weight` int8 [O, I/2], codes + 8, with `weight_s_channel` [O] and
+- 4-bit weights, 8-bit inputs: `asym_w4a8_int8`, `weight` int8 [O, I/2], codes + 8, with `weight_s_channel` Δ [O] and
   `weight_s_rel` fp32 [O, 1], ones: all of a row is one group;
+- the same with the levels "fp8_table": `weight_s_rel` s in 8-bit floating point (e4m3) [O, G], and `weight_codebook` c
+  fp32 [16]. A weight is Δ · v, v = round(c[code + 8] · s);
 - 4-bit weights, 4-bit inputs: `convrot_w4a4`, `weight` int8 [O, I/2], two's complement, and `weight_scale` [O];
 - 8-bit weights, 8-bit inputs: `int8_tensorwise`, `weight` int8 [O, I] and `weight_scale` [O, 1];
 - inputs that are not quantized: the same with `full_precision_matrix_mult`; codes of 4 bits take a byte.
 
 The even input channel is in the low nibble. Formats of 4 bits always rotate. No format has a branch or a channel scale.
 
-Shapes: `O/I` out/in features.
+Shapes: `O/I` out/in features, `G` groups.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.headers import read_header
+from s2q.core.codebook import FP8_SCALES, FP8_TABLE_NUMBER, SCALE_BITS, TABLE_BITS, TABLES, table_and_scale
 from s2q.core.packing import unpack_codes
+from s2q.core.qparams import dequantize_weight
+from s2q.core.schemes import FP8_TABLE, UNIFORM
 from s2q.exports.source import SourceFormat, coded_form
-from s2q.exports.target import WRITER, CodedWeight, FileFormat, LinearForm, Target, Tensors, decoded
+from s2q.exports.target import WRITER, CodedWeight, FileFormat, LinearForm, Target, Tensors, unrotated
 from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
@@ -48,6 +53,9 @@ _HEADER_MARKS = "_quantization_metadata"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Before the names of a transformer in files of several components, and of some writers."""
 _METADATA = {"quantized_by": WRITER}
+_CODEBOOK = "weight_codebook"
+_HALF_UP = 2.0**-10
+"""Added to the levels l of a codebook: l · s / 32 of two whole numbers is rounded up then, as that of s2q."""
 _SCALES = ("weight_scale", "weight_s_rel", "weight_s_channel")
 _PRODUCTS = {"int4": 4, "int8": 8}
 """Bits of activations by `linear_dtype`."""
@@ -57,7 +65,7 @@ def _obstacle(form: LinearForm) -> str | None:
     bits, kind, rotation = form.activation_bits, _kind(form), form.rotation
     if bits not in (None, 4, 8) or (bits == 4 and form.scheme.weight.num_bits > 4):
         return f"activations of {bits} bits beside weights of {form.scheme.weight.num_bits}"
-    if form.group_size is not None:
+    if form.group_size is not None and not (form.scheme.weight.has_table and kind == _W4A8):
         return f"groups of {form.group_size} of weights, but a scale for each row"
     if rotation is None and kind != _INT8:
         return f"unrotated inputs: {kind} always rotates"
@@ -68,6 +76,8 @@ def _obstacle(form: LinearForm) -> str | None:
 
 def _unfit_width(form: LinearForm) -> str | None:
     kind = _kind(form)
+    if form.group_size is not None and (not _is_group(form.group_size) or form.group_size == form.in_features):
+        return f"groups of {form.group_size} of {form.in_features} channels, but several of 4, 8, or a multiple of 16"
     if form.in_features % _MULTIPLE[kind]:
         return f"{form.in_features} input channels, no multiple of {_MULTIPLE[kind]}, as {kind}"
     if form.rotation is not None and form.rotation < _SMALLEST_ORDER[kind]:
@@ -90,7 +100,7 @@ def _kind(form: LinearForm) -> str:
 def _mark(form: LinearForm) -> str:
     content: dict[str, Any] = {"format": _kind(form)}
     if _kind(form) == _W4A8:
-        content["group_size"] = form.in_features
+        content["group_size"] = form.group_size or form.in_features
     if _kind(form) == _INT8:
         content["convrot"] = form.rotation is not None
     if form.rotation is not None:
@@ -104,22 +114,52 @@ def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
     kind, scale = _kind(form), layer.weight_scale
     if kind == _W4A8:
         relative = torch.ones_like(scale).unsqueeze(1)
+        if layer.weight_group_scale is not None:
+            relative = table_and_scale(layer.weight_group_scale)[1].to(torch.float8_e4m3fn)
         return {"weight": layer.packed_weight.view(torch.int8), "weight_s_channel": scale, "weight_s_rel": relative}
     if kind == _W4A4:
         return {"weight": (layer.packed_weight ^ _TWOS_COMPLEMENT).view(torch.int8), "weight_scale": scale}
     return {"weight": layer.codes(), "weight_scale": scale.unsqueeze(1)}
 
 
+def _codebook() -> Tensor:
+    """Return the levels that a linear with groups has in a file, fp32 [16]."""
+    return (torch.tensor(TABLES[FP8_TABLE_NUMBER], dtype=torch.float32) + _HALF_UP) / 2**SCALE_BITS
+
+
+def _is_group(size: int) -> bool:
+    return size in (4, 8) or size % 16 == 0
+
+
+def _codes(tensors: Tensors, form: LinearForm) -> Tensor:
+    """Return the codes of a linear, int8 [O, I]."""
+    codes = tensors["weight"]
+    if codes.shape[1] == form.in_features:
+        return codes
+    packed = codes.view(torch.uint8)
+    packed = packed if "weight_s_rel" in tensors else packed ^ _TWOS_COMPLEMENT
+    return unpack_codes(packed, num_bits=4, in_features=form.in_features)
+
+
+def _scale(tensors: Tensors) -> Tensor:
+    return tensors["weight_s_channel" if "weight_s_rel" in tensors else "weight_scale"].float().flatten()
+
+
 def _weight(tensors: Tensors, form: LinearForm) -> CodedWeight:
-    codes, relative = tensors["weight"], tensors.get("weight_s_rel")
-    scale = tensors["weight_scale" if relative is None else "weight_s_channel"].float().flatten()
-    if codes.shape[1] != form.in_features:
-        packed = codes.view(torch.uint8)
-        packed = packed ^ _TWOS_COMPLEMENT if relative is None else packed
-        codes = unpack_codes(packed, num_bits=4, in_features=form.in_features)
+    group_scale = None
+    if form.scheme.weight.has_table:
+        group_scale = (tensors["weight_s_rel"].float().to(torch.int8) << TABLE_BITS) | FP8_TABLE_NUMBER
+    return CodedWeight(codes=_codes(tensors, form), scale=_scale(tensors), group_scale=group_scale)
+
+
+def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
+    """Return the weight as comfy-kitchen computes it."""
+    values, relative = _codes(tensors, form), tensors.get("weight_s_rel")
     if relative is not None:
-        codes = (codes * relative).round().to(torch.int8)
-    return CodedWeight(codes=codes, scale=scale)
+        levels = _codebook()[values.int() + 8] if form.scheme.weight.has_table else values.float()
+        grouped = levels.view(*relative.shape, -1) * relative.float().unsqueeze(-1)
+        values = grouped.round_().clamp_(-127, 127).flatten(1).to(torch.int8)
+    return unrotated(dequantize_weight(values, _scale(tensors)), form)
 
 
 def _form(name: str, linear: nn.Linear, tensors: Tensors, mark: Mapping[str, Any], dtype: torch.dtype) -> LinearForm:
@@ -133,9 +173,7 @@ def _form(name: str, linear: nn.Linear, tensors: Tensors, mark: Mapping[str, Any
     scale = tensors.get("weight_s_channel" if kind == _W4A8 else "weight_scale")
     if scale is None or scale.numel() != rows:
         raise InvalidInputError(f"{kind} scales of shape {None if scale is None else list(scale.shape)}")
-    relative = tensors.get("weight_s_rel")
-    if kind == _W4A8 and (relative is None or tuple(relative.shape) != (rows, 1) or not bool((relative == 1).all())):
-        raise InvalidInputError("relative scales of groups in a row")
+    groups = _groups(tensors.get("weight_s_rel"), rows, columns) if kind == _W4A8 else 1
     order = mark.get("convrot_groupsize", ORDERS[-1]) if kind != _INT8 or mark.get("convrot") else None
     if order is not None and (order not in ORDERS or columns % order):
         raise InvalidInputError(f"a rotation in blocks of {short_repr(order)} of {columns} channels")
@@ -151,22 +189,50 @@ def _form(name: str, linear: nn.Linear, tensors: Tensors, mark: Mapping[str, Any
         num_bits=4 if is_narrow else 8,
         activation_bits=None if is_float else _PRODUCTS[product] if kind == _W4A4 else 8,
         dtype=dtype,
+        groups=groups,
+        levels=UNIFORM if groups == 1 else FP8_TABLE,
         rotation=order,
     )
 
 
+def _groups(relative: Tensor | None, rows: int, columns: int) -> int:
+    """Return the number of groups of a row that a linear of this format has scales for."""
+    if relative is not None and tuple(relative.shape) == (rows, 1) and bool((relative == 1).all()):
+        return 1
+    if relative is None or relative.ndim != 2 or len(relative) != rows or columns % relative.shape[1]:
+        raise InvalidInputError(f"relative scales of shape {None if relative is None else list(relative.shape)}")
+    if relative.shape[1] == 1 or not bool(torch.isin(relative.float(), torch.tensor(FP8_SCALES).float()).all()):
+        raise InvalidInputError("relative scales of groups that s2q's tables do not have")
+    return relative.shape[1]
+
+
 def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
+    books = {f"{name}.{_CODEBOOK}": _codebook() for name in marks if _has_groups(tensors, name)}
     texts = {
         f"{name}.{_MARK}": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in marks.items()
     }
-    save_file({**tensors, **texts}, path, metadata=_METADATA)
+    save_file({**tensors, **books, **texts}, path, metadata=_METADATA)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    end = f".{_MARK}"
     tensors = load_file(path)
-    marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
-    return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
+    marks, books = _taken(tensors, _MARK), _taken(tensors, _CODEBOOK)
+    for name in {*books, *(mark for mark in marks if _has_groups(tensors, mark))}:
+        book = books.get(name)
+        if book is None or not torch.equal(book.float(), _codebook()):
+            raise InvalidInputError(f"{name}: is stored with {_CODEBOOK} of other levels than those of s2q's table")
+    return tensors, {name: bytes(mark.tolist()).decode() for name, mark in marks.items()}
+
+
+def _taken(tensors: dict[str, Tensor], last: str) -> dict[str, Tensor]:
+    """Take the tensors with a last part of their names out, by the names of their linears."""
+    end = f".{last}"
+    return {name.removesuffix(end): tensors.pop(name) for name in list(tensors) if name.endswith(end)}
+
+
+def _has_groups(tensors: Mapping[str, Tensor], name: str) -> bool:
+    relative = tensors.get(f"{name}.weight_s_rel")
+    return relative is not None and relative.ndim == 2 and relative.shape[1] > 1
 
 
 def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], str | None]:
@@ -237,13 +303,14 @@ COMFYUI = Target(
     name="comfyui",
     does="a file of the transformer with ConvRot weights of 4 or 8 bits, under the names of the published checkpoints",
     loading="ComfyUI's Load Diffusion Model",
-    recipes=("s2q-export-w4a8", "s2q-export-w8a8", "s2q-export-w4a4"),
+    recipes=("s2q-export-w4a8", "s2q-export-table-w4a8", "s2q-export-w8a8", "s2q-export-w4a4"),
     parts=frozenset({"right"}),
     obstacle=_obstacle,
     unfit_width=_unfit_width,
     encode=_encode,
-    decode=lambda tensors, form: decoded(_weight(tensors, form), form),
+    decode=_decode,
     kind=_kind,
+    levels=(FP8_TABLE,),
     file=FileFormat(
         suffix=".safetensors",
         mark=_mark,
@@ -258,7 +325,7 @@ COMFYUI = Target(
 COMFYUI_FORMAT = SourceFormat(
     name="comfyui",
     version=f"comfy-kitchen {_FORMAT_VERSION}",
-    remedy="as convrot_w4a4, int8_tensorwise, or asym_w4a8_int8 with one group per row",
+    remedy="as convrot_w4a4, int8_tensorwise, or asym_w4a8_int8 with one group per row and no codebook",
     form=_form,
     weight=_weight,
 )

@@ -95,6 +95,8 @@ def repacked(weight: CodedWeight, form: LinearForm, bias: Tensor | None, *, sche
         "weight": pack_codes(codes, num_bits=scheme.weight.num_bits),
         "weight_scale": torch.where(weight.scale == 0, 1.0, weight.scale),
     }
+    if weight.group_scale is not None:
+        tensors["weight_group_scale"] = weight.group_scale
     if form.rotation is not None:
         tensors["transform_right"] = rotation_matrix(form.rotation).float()
     if weight.up is not None and weight.down is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from s2q.core.input_path import InputPath
-from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.schemes import UNIFORM, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.exports.target import CodedWeight, LinearForm, Tensors
 
 
@@ -45,6 +45,7 @@ def coded_form(
     activation_bits: int | None,
     dtype: torch.dtype,
     groups: int = 1,
+    levels: str = UNIFORM,
     rotation: int | None = None,
     rank: int | None = None,
 ) -> LinearForm:
@@ -57,7 +58,9 @@ def coded_form(
         name=name,
         in_features=linear.in_features,
         out_features=linear.out_features,
-        scheme=LinearScheme(weight=QuantScheme(num_bits=num_bits, granularity=granularity), activation=activation),
+        scheme=LinearScheme(
+            weight=QuantScheme(num_bits=num_bits, granularity=granularity, levels=levels), activation=activation
+        ),
         path=InputPath(right=rotation, low_rank=rank, deflates=rank is None),
         dtype=dtype,
     )

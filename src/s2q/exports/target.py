@@ -18,7 +18,7 @@ from s2q.checkpoint import S2QConfig
 from s2q.common.components import TRANSFORMERS, full_name, pattern_of
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import PARTS, InputPath
-from s2q.core.qparams import dequantize_weight
+from s2q.core.qparams import RoundedWeight, rounded_values
 from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup
 from s2q.nn import PackedLinear
 from s2q.ops.kronecker import scaled_kronecker
@@ -88,12 +88,14 @@ class CodedWeight:
     Attributes:
         codes: int8 [O, I].
         scale: fp32 [O], or [O, G] of groups.
+        group_scale: int8 [O, G], the bytes of groups with a table (`core.codebook`), or None.
         up: fp32 [O, r] of a low-rank branch, or None.
         down: fp32 [r, I] of it, or None.
     """
 
     codes: Tensor
     scale: Tensor
+    group_scale: Tensor | None = None
     up: Tensor | None = None
     down: Tensor | None = None
 
@@ -140,7 +142,9 @@ class Target:
         decode: The weight [O, I] for the unrotated input that a reader computes from the tensors, fp32.
         tolerance: How far weight and bias of a linear may be from s2q's, relative to their largest magnitudes.
         rounding: What the tolerance is for, in a few words.
-        stores_codes: Whether it stores codes: rotations have to be those of `s2q.transforms.convrot`, levels uniform.
+        stores_codes: Whether it stores codes: rotations have to be those of `s2q.transforms.convrot`, levels uniform or
+            those of `levels`.
+        levels: Levels of weights that it stores beside uniform ones.
         kind: Name of the format that a linear gets.
         file: How one file of the transformer is written; None where the output is a pipeline folder.
         config: For folders: the `quantization_config` of a transformer whose quantized linears these are, or None.
@@ -158,6 +162,7 @@ class Target:
     tolerance: Callable[[LinearForm], float] = lambda form: 1e-5
     rounding: str = "fp32 sums in another order"
     stores_codes: bool = True
+    levels: Collection[str] = ()
     unfit_width: Callable[[LinearForm], str | None] = lambda form: None
     file: FileFormat | None = None
     config: Callable[[nn.Module, Sequence[LinearForm]], dict[str, Any] | None] = lambda model, forms: None
@@ -224,7 +229,7 @@ def missing_part(target: Target, form: LinearForm) -> str | None:
         return "a low-rank branch that is removed from the input"
     activation = form.scheme.activation
     for side, scheme in {"weights": form.scheme.weight, "activations": activation}.items():
-        if scheme is not None and scheme.levels != UNIFORM:
+        if scheme is not None and scheme.levels not in (UNIFORM, *target.levels):
             return f"the levels {scheme.levels} of its {side}"
     if activation is not None and activation.delta is not None:
         return "differences of its tokens"
@@ -264,7 +269,8 @@ def unrotated(rows: Tensor, form: LinearForm) -> Tensor:
 
 def decoded(weight: CodedWeight, form: LinearForm) -> Tensor:
     """Return the weight [O, I] for the unrotated input, fp32."""
-    values = dequantize_weight(weight.codes, weight.scale)
+    rounded = RoundedWeight(codes=weight.codes, scale=weight.scale, group_scale=weight.group_scale)
+    values = rounded_values(rounded, form.scheme.weight)
     if weight.up is not None and weight.down is not None:
         values = values + weight.up @ weight.down
     return unrotated(values, form)

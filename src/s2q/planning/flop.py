@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from s2q.core.schemes import TABLE
+from s2q.core.schemes import TABLES
 from s2q.planning.cost import BlockShape, Figures, Workload
 from s2q.recipes.schema import Recipe
 from s2q.selection.known import known_samples, recorded_by_round
@@ -236,7 +236,7 @@ def _hessian_work(shape: BlockShape, samples: int) -> Work:
 
 def _gptq_work(shape: BlockShape, recipe: Recipe) -> Work:
     """A factorization of the Hessian, fp64, for each input; then the columns of the weights that read it."""
-    has_table = recipe.weights.levels == TABLE
+    has_table = recipe.weights.levels in TABLES
     inputs = [features for features, _ in shape.inputs]
     rounded = (weight * (weight // outer) for weight, (outer, _) in zip(shape.weights, shape.outputs, strict=True))
     return Work(

@@ -17,7 +17,7 @@ from s2q.common.options import Options, expected_one_of
 from s2q.core.schemes import (
     MAX_BITS,
     MIN_BITS,
-    TABLE,
+    TABLES,
     UNIFORM,
     ActivationOptions,
     AttentionOptions,
@@ -171,10 +171,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _table_fits(self) -> Recipe:
-        if self.weights.levels == TABLE and self.clip.weights:
+        if self.weights.levels in TABLES and self.clip.weights:
             raise ValueError(
-                f"clip.weights=true does not support weights.levels={TABLE}, whose scales are searched; set "
-                "clip.weights=false"
+                f"clip.weights=true does not support weights.levels={self.weights.levels}, whose scales are searched; "
+                "set clip.weights=false"
             )
         return self
 

@@ -73,7 +73,7 @@ class TableColumns:
     def __init__(self, scale: Tensor, scheme: QuantScheme, order: Tensor, *, importance: Tensor) -> None:
         groups = num_groups(scheme, len(order))
         self.multiple = len(order) // groups
-        self._scale, self._order, self._importance = scale, order, importance
+        self._scale, self._order, self._importance, self._levels = scale, order, importance, scheme.levels
         self._codes = torch.empty(len(order), len(scale), dtype=torch.int8, device=scale.device)
         self._group_scale = torch.empty(groups, len(scale), dtype=torch.int8, device=scale.device)
         self._values = torch.empty(0)
@@ -90,7 +90,7 @@ class TableColumns:
     def _search(self, group: Tensor, place: int) -> None:
         """Find the byte of a group, of its weights [I / G, O] as they are now, and the values of its codes."""
         ratio = (group.t() / self._scale.unsqueeze(1)).contiguous().unsqueeze(1)  # sums are in the order of memory
-        _, found = search_table(ratio, importance=self._importance[place : place + self.multiple])
+        _, found = search_table(ratio, levels=self._levels, importance=self._importance[place : place + self.multiple])
         self._group_scale[place // self.multiple] = found.squeeze(1)
         self._values = group_levels(found.squeeze(1)) * self._scale.unsqueeze(1)
 
