@@ -33,6 +33,7 @@ from tiny import tiny_pipeline  # noqa: E402
 RESULT = Path(__file__).parent / "results" / "exports" / "comfyui.json"
 FORWARD = Path(__file__).with_name("comfyui_forward.py")
 COMMAND = "python benchmarks/comfyui.py COMFYUI_FOLDER --python INTERPRETER"
+TABLE = "convrot-w4a8 weights.granularity=per_group weights.group_size=16 weights.levels=fp8_table"
 FRAMES, HEIGHT, WIDTH = 3, 16, 16
 """Of the latents."""
 
@@ -47,8 +48,8 @@ class Case:
         diffusers: Arguments of its call.
         comfyui: Arguments of the call of ComfyUI's model.
         unpacked: Brings the output of diffusers to [B, C, F, H, W].
-        recipes: That are exported.
-        overrides: Of the recipes.
+        recipes: That are exported, with overrides after the name.
+        overrides: Of all recipes.
     """
 
     pipeline: str
@@ -56,7 +57,7 @@ class Case:
     diffusers: dict[str, Any]
     comfyui: dict[str, Tensor]
     unpacked: Callable[[Tensor], Tensor] = lambda output: output
-    recipes: tuple[str, ...] = ("convrot-w8a8", "convrot-w4a8", "convrot-w4a4")
+    recipes: tuple[str, ...] = ("convrot-w8a8", "convrot-w4a8", TABLE, "convrot-w4a4")
     overrides: tuple[str, ...] = ()
 
 
@@ -88,7 +89,7 @@ def _hunyuanvideo(x: Tensor) -> Case:
             "guidance": torch.full((2,), 6000.0),
         },
         comfyui={"x": x, "timestep": timestep, "context": text, "y": pooled, "guidance": torch.full((2,), 6.0)},
-        recipes=("convrot-w4a8",),
+        recipes=("convrot-w4a8", TABLE),
     )
 
 
@@ -132,11 +133,13 @@ def measure(name: str, folder: Path, *, comfyui: Path, python: str) -> tuple[dic
     pipe.save_pretrained(folder / "model")
     expected, files = {}, {}
     full = _output(s2q.load(folder / "model", dtype="float32").transformer, case)
-    for recipe in case.recipes:
-        s2q.quantize(folder / "model", recipe=recipe, out=folder / recipe, overrides=case.overrides)
-        files[recipe] = str(folder / f"{recipe}.safetensors")
-        s2q.export(folder / recipe, to="comfyui", out=files[recipe])
-        expected[recipe] = _output(s2q.load(folder / recipe, dtype="float32").transformer, case)
+    for number, recipe in enumerate(case.recipes):
+        builtin, *overrides = recipe.split(" ")
+        checkpoint = folder / str(number)
+        s2q.quantize(folder / "model", recipe=builtin, out=checkpoint, overrides=[*case.overrides, *overrides])
+        files[recipe] = str(folder / f"{number}.safetensors")
+        s2q.export(checkpoint, to="comfyui", out=files[recipe])
+        expected[recipe] = _output(s2q.load(checkpoint, dtype="float32").transformer, case)
     save_file(
         {f"comfyui.{key}": value.contiguous() for key, value in case.comfyui.items()}, folder / "inputs.safetensors"
     )

@@ -29,7 +29,9 @@ def exports_table(peer: str) -> str:
     lines = table_head("model", ["quantized by", "storage", "velocity error, %", f"ratio to {tool}", "PSNR dB"])
     samples, commands = set(), set()
     for model in EMBEDDED_NAMES:
-        records = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / model / folder).glob("*.json"))}
+        records = {
+            path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / model / folder).glob("*.json"))
+        }
         for name in sorted(records, key=lambda name: (name != peer, name)):
             record = records[name]
             base = records[peer] if name != peer else None
@@ -66,6 +68,8 @@ def comfyui_table(_: str) -> str:
             counts = ", ".join(f"{count} `{name}`" for name, count in row["linears"].items())
             names = ("comfyui_to_s2q", "comfyui_to_full_precision", "s2q_to_full_precision")
             errors = [format(100 * row[name], "#.2g") for name in names]
-            lines.append(table_row(NAMES[model], [f"`{recipe}`", f"`{row['detected']}`", counts, *errors]))
+            builtin, *overrides = recipe.split(" ")
+            label = " ".join([f"`{builtin}`", *(["with `fp8_table`"] if overrides else [])])
+            lines.append(table_row(NAMES[model], [label, f"`{row['detected']}`", counts, *errors]))
     versions = ", ".join(f"{name} {record['versions'][key]}" for name, key in PROGRAMS.items())
     return "\n".join([*lines, "", f"{versions}, on a CPU. Made by `{record['command']}`."])
