@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import fnmatch
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -84,9 +85,11 @@ TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a v
     "tiny-cogvideox-1.5": (TINY_SIZE, SHORT_TEXT),
     "tiny-hunyuanvideo": (TINY_SIZE, {}),
     "tiny-hunyuanvideo-1.5": (TINY_SIZE, {}),
+    "tiny-kandinsky5": (TINY_SIZE, {}),
     "tiny-ltx": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-ltx-2": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-mochi": (TINY_SIZE | {"num_frames": 13}, {}),
+    "tiny-sana-video": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-skyreels-v2": (TINY_SIZE, {}),
     "tiny-wan": (TINY_SIZE, {}),
     "tiny-wan-2.2-5b": (TINY_SIZE, {}),
@@ -207,6 +210,8 @@ def _forward_digests(folder: Path, backend: str, call: dict[str, int]) -> list[s
     for component in ("transformer", "transformer_2"):
         if (transformer := getattr(pipe, component, None)) is not None:
             transformer.register_forward_hook(record)
+    if "frames" in inspect.signature(pipe.__call__).parameters:  # of Sana-Video
+        call = {"frames" if name == "num_frames" else name: value for name, value in call.items()}
     generator = torch.Generator().manual_seed(0)
     pipe(prompt=PROMPTS[0], num_inference_steps=FORWARDS, generator=generator, output_type="latent", **call)
     return digests
