@@ -80,7 +80,7 @@ PLAN_OPTIONS = ("--device", "cuda", "--device-memory", "24GB", "--memory-budget"
 EMBEDDED_SIZE = {"num_frames": 9, "height": 32, "width": 32}
 SHORT_TEXT = {"max_sequence_length": 16}
 TINY_SIZE = {"num_frames": 9, "height": 16, "width": 16}
-TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a video, other arguments
+TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int | bool]]] = {  # size of a video, other arguments
     "tiny-cogvideox": (TINY_SIZE, SHORT_TEXT),
     "tiny-cogvideox-1.5": (TINY_SIZE, SHORT_TEXT),
     "tiny-hunyuanvideo": (TINY_SIZE, {}),
@@ -89,7 +89,7 @@ TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a v
     "tiny-ltx": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-ltx-2": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-mochi": (TINY_SIZE | {"num_frames": 13}, {}),
-    "tiny-sana-video": (TINY_SIZE | {"height": 32, "width": 32}, {}),
+    "tiny-sana-video": (TINY_SIZE | {"height": 32, "width": 32}, {"use_resolution_binning": False}),
     "tiny-skyreels-v2": (TINY_SIZE, {}),
     "tiny-wan": (TINY_SIZE, {}),
     "tiny-wan-2.2-5b": (TINY_SIZE, {}),
