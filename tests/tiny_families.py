@@ -487,6 +487,7 @@ FAMILIES |= {
     "kandinsky5 image": replace(FAMILIES["kandinsky5"], pipeline=d.Kandinsky5I2VPipeline),
     "ltx image": replace(FAMILIES["ltx"], pipeline=d.LTXImageToVideoPipeline),
     "ltx-2 image": replace(FAMILIES["ltx-2"], pipeline=d.LTX2ImageToVideoPipeline),
+    "sana-video image": replace(FAMILIES["sana-video"], pipeline=d.SanaImageToVideoPipeline),
     # The image is the first latent frame, whose tokens have the timestep 0.
     "wan 2.2 5b image": replace(_WAN, pipeline=d.WanImageToVideoPipeline, options={"expand_timesteps": True}),
     "wan 2.2 a14b image": replace(_WAN_IMAGE, options={"boundary_ratio": 0.9}),

@@ -77,6 +77,8 @@ def test_from_plan_to_video(model, tmp_path, overrides):
     assert not torch.equal(generated(loaded, "blue"), found)
 
 
+SEEDS = {"sana-video image": 1}
+"""With others, denominators of its linear attention vanish for some tokens, which random weights allow."""
 CALIBRATION = ["n_prompts=2", "samples=2", "steps=3"]
 FEW = [*(f"calibration.{text}" for text in CALIBRATION), "distillation.epochs=1"]
 OVERRIDES = [*FEW, "calibration.num_frames=9"]
@@ -125,7 +127,7 @@ def test_the_image_decides_the_video_and_what_is_recorded(name):
 
 @pytest.mark.parametrize("name", EACH)
 def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
-    pipe = tiny_pipeline(name)
+    pipe = tiny_pipeline(name, seed=SEEDS.get(name, 0))
     overrides, size = size_of(pipe)
     pipe.save_pretrained(tmp_path / "model")
     prompts = read_prompts(file_of(tmp_path, "a red one", "a blue one", pipe=pipe))
@@ -153,7 +155,7 @@ def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
     if name != "hunyuanvideo 1.5 image":  # which crops
         assert measured["first_frame_psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.2)
     is_fixed = measured["first_frame_psnr_db"] == measured["reference_first_frame_psnr_db"]
-    assert is_fixed == (name in ("ltx-2 image", "wan 2.2 5b image")), "the first latent frame is that of the image"
+    assert is_fixed == (name in ("ltx-2 image", "sana-video image", "wan 2.2 5b image")), "the first latent frame is that of the image"
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGE_TO_VIDEO if name != "wan-animate image"])

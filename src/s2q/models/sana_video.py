@@ -2,15 +2,17 @@
 
 The attention over the video has no softmax map. Token importance is that of the map which its denominators normalize,
 φ(q) · φ(k) without positions (`distillation.token_importance`). The convolutions, 61 % of the parameters, stay in
-full precision. Sizes are used as they are given: the pipeline's choice of the nearest known aspect ratio is off.
+full precision. Sizes are used as they are given: the pipeline's choice of the nearest known aspect ratio is off. Image
+to video: the image is the first latent frame, whose tokens have the timestep 0.
 """
 
-from s2q.models.family import Family
+from s2q.models.family import Family, ImageToVideo
 
 SANA_VIDEO = Family(
     name="sana-video",
     transformer_class="SanaVideoTransformer3DModel",
     pipeline_class="SanaVideoPipeline",
+    image_to_video=ImageToVideo(pipeline_class="SanaImageToVideoPipeline"),
     block_lists=("transformer_blocks",),
     modulation=(),
     shared_inputs=(("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")),
