@@ -6,10 +6,11 @@
 reference of all rows. Beside the fidelity of videos, two figures say what is left of the adapter's effect on the
 velocity, d = v(with) − v(without), on the trajectory of the reference: the ratio ⟨d_q, d⟩ / ⟨d, d⟩, 1 for the whole
 effect, and the error ‖d_q − d‖² / ‖d‖². Into ``benchmarks/results/lora.json``; ``--work`` keeps adapter and checkpoints
-as well, and a recipe that is in the results is skipped.
+as well. A recipe that is in the results is skipped, if they are of this adapter and as many prompts.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import tempfile
@@ -160,10 +161,12 @@ def main() -> None:
         plain = s2q.load(MODEL, dtype="float32")
         reference = reference_of(adapter, plain, arguments.prompts)
         pairs = list(zip(reference.trajectory.prompts, reference.trajectory.frames, strict=True))
-        record = json.loads(RESULT.read_text()) if RESULT.exists() else {"recipes": {}}
+        record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        adapted = {"prompts": arguments.prompts, "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest()}
+        if any(record.get(name) != value for name, value in adapted.items()):  # rows of one table have one reference
+            record = adapted | {"recipes": {}}
         record |= {
             "model": MODEL,
-            "prompts": arguments.prompts,
             "training": {
                 "steps": SETTINGS.steps,
                 "batch_size": SETTINGS.batch_size,
