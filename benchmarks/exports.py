@@ -1,7 +1,7 @@
 """Error of exported checkpoints in the program that they are for, beside what that program's own quantization gives.
 
     pip install sdnq comfy-kitchen
-    python benchmarks/exports.py [-m shapes-wan] [--to sdnq] [-r s2q-export-w4a8 ...] [--prompts 16] [--seeds 1]
+    python benchmarks/exports.py -m shapes-wan [--to sdnq] [-r s2q-export-w4a8 ...] [--prompts 16] [--seeds 1]
 
 Each recipe is quantized and exported, the program's own code computes its linears, and it is judged on the prompts and
 noise that the program's own W4A8 setting (``s2q.comparison.peers``) is judged on. diffusers loads SDNQ's folders with
@@ -65,7 +65,8 @@ def with_comfyui_linears(pipe: DiffusionPipeline, file: Path) -> DiffusionPipeli
             continue
         tensors = {part: stored.get(f"{original}.{part}") for part in ("weight_s_rel", "weight_s_channel")}
         mark = json.loads(bytes(stored[f"{original}.comfy_quant"].tolist()))
-        assert mark.pop("format") == "asym_w4a8_int8", (name, mark)
+        kind = mark.pop("format")
+        assert kind == "asym_w4a8_int8", (name, kind)
         parameters = AsymW4A8Int8Layout.Params(
             scale=tensors["weight_s_rel"],
             s_channel=tensors["weight_s_channel"],
@@ -76,7 +77,8 @@ def with_comfyui_linears(pipe: DiffusionPipeline, file: Path) -> DiffusionPipeli
         )
         weight = QuantizedTensor(stored[f"{original}.weight"], "AsymW4A8Int8Layout", parameters)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias.data = stored[f"{original}.bias"].to(linear.bias.dtype)
+        if linear.bias is not None:
+            linear.bias.data = stored[f"{original}.bias"].to(linear.bias.dtype)
         count += 1
     assert count == sum(key.endswith(".comfy_quant") for key in stored)
     return pipe
@@ -85,7 +87,7 @@ def with_comfyui_linears(pipe: DiffusionPipeline, file: Path) -> DiffusionPipeli
 def main() -> None:
     """Measure what has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-m", "--model", default=EMBEDDED_NAMES[0], choices=EMBEDDED_NAMES)
+    parser.add_argument("-m", "--model", required=True, choices=EMBEDDED_NAMES)
     parser.add_argument("--to", default="sdnq", choices=PEERS)
     parser.add_argument("-r", "--recipe", action="append")
     parser.add_argument("--prompts", type=int, default=16)
@@ -101,6 +103,8 @@ def main() -> None:
     if not wanted:
         return
     settings = EvaluationSettings(dtype="float32")
+    if arguments.to == "comfyui":
+        layout_of(load_pipeline(source).transformer, "comfyui")
     captions = embedded_prompts(arguments.model, split="held-out", count=arguments.prompts)
     reference = run_reference(source, prompts=captions, seeds=range(arguments.seeds), settings=settings)
     (peer,) = find_peers([PEERS[arguments.to]])

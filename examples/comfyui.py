@@ -3,8 +3,8 @@
     python examples/comfyui.py [MODEL] [OUT.safetensors]
 
 Put the file into ComfyUI/models/diffusion_models and choose it in the node "Load Diffusion Model". Text encoder and
-autoencoder are those that you already have. `s2q-export-table-w4a8` is more accurate and calibrates; `convrot-w4a8` takes
-seconds. The default model shows the export only: ComfyUI runs Wan with 128 channels per attention head.
+autoencoder are those that you already have. `s2q-export-table-w4a8` is more accurate and calibrates; `convrot-w4a8`
+takes seconds. The default model shows the export only: ComfyUI runs Wan with 128 channels per attention head.
 """
 
 import sys

@@ -83,7 +83,7 @@ def test_without_quantized_inputs_it_is_a_recipe_too(tmp_path):
 
 
 def test_samples_are_refused_as_it_does_not_calibrate(tmp_path):
-    with pytest.raises(UsageError, match=r"table-w4a8 uses no calibration samples; remove it"):
+    with pytest.raises(UsageError, match=r"table-w4a8 uses no calibration samples; remove --samples"):
         quantize(tiny_pipeline("cogvideox"), recipe="table-w4a8", samples=4, out=tmp_path / "out")
 
 

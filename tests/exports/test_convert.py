@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import s2q
@@ -15,9 +16,11 @@ from exported import (
     GROUPS,
     LINEAR,
     OUTER,
+    ROW,
     TABLE,
     WEIGHTS,
     assert_refused,
+    linear_of,
     packed_linears,
 )
 from quick import slow
@@ -30,13 +33,22 @@ from s2q.core.codebook import FP8_TABLE_NUMBER, TABLES
 from s2q.exports import convert as module
 from s2q.exports.layout import LAYOUTS
 from s2q.exports.reading import _marked_names
+from s2q.exports.repack import packed_file
 from s2q.exports.sdnq import linear_options
 from s2q.generation.defaults import generation_defaults
 from s2q.shapes.embedded import embedded_folder
-from tiny import TINY_CALL, tiny_transformer
+from tiny import TINY_CALL, tiny_pipeline, tiny_transformer
 
 BOOK = (torch.tensor(TABLES[FP8_TABLE_NUMBER]) + 2.0**-10) / 32
 """The levels of a table in a file."""
+IN_GROUPS, GROUPS_OF_2 = (
+    {
+        "comfy_quant": {"format": "asym_w4a8_int8", "convrot_groupsize": 64, "group_size": size},
+        "weight_s_rel": torch.ones(64, 64 // size),
+    }
+    for size in (16, 2)
+)
+"""Parts of a linear of 64 channels."""
 GROUPS_OF_8_BITS = (GROUPS[0].replace("num_bits: 4", "num_bits: 8"), GROUPS[1])
 
 
@@ -377,14 +389,26 @@ def test_a_file_may_have_one_scale_for_a_weight_and_int8_products_of_4_bit_codes
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight_codebook": torch.zeros(16)}, f"{FILE_LINEAR}: is stored with weight_codebook of other levels than"),
         (
-            {"weight_s_rel": torch.full((64, 1), 2.0)},
-            "to_q: is stored with relative scales of groups that s2q's tables",
+            {"weight_codebook": torch.zeros(16)},
+            "weight_codebook, which asym_w4a8_int8 has with groups",
         ),
-        ({"weight_s_rel": torch.ones(64, 4)}, f"{FILE_LINEAR}: is stored with weight_codebook of other levels than"),
-        ({"weight_s_rel": torch.full((64, 4), 17.0), "weight_codebook": BOOK}, "scales of groups that s2q's tables"),
-        ({"weight_s_rel": torch.ones(64, 5), "weight_codebook": BOOK}, r"relative scales of shape \[64, 5\]"),
+        ({"weight_s_rel": torch.full((64, 1), 2.0)}, "to_q: is stored with relative scales of groups of 64 of 64 chan"),
+        ({"weight_s_rel": torch.ones(64, 4)}, r"relative scales of shape \[64, 4\] for groups of 64 of 64 channels"),
+        (IN_GROUPS, "to_q: is stored with groups of 16 whose weight_codebook is missing"),
+        (IN_GROUPS | {"weight_codebook": BOOK * 2}, "groups of 16 whose weight_codebook is another"),
+        (
+            IN_GROUPS | {"weight_codebook": BOOK, "weight_s_rel": torch.full((64, 4), 17.0)},
+            "groups other than",
+        ),
+        (
+            IN_GROUPS | {"weight_codebook": BOOK, "weight_s_rel": torch.full((64, 4), -1.0)},
+            "groups other than",
+        ),
+        (IN_GROUPS | {"weight_s_rel": torch.ones(64, 4, dtype=torch.int32)}, "relative scales in torch.int32"),
+        (IN_GROUPS | {"weight_s_rel": torch.ones(64, 0)}, r"relative scales of shape \[64, 0\]"),
+        (GROUPS_OF_2, "relative scales of groups of 2 of 64 channels"),
+        ({"weight_scale": torch.ones(64)}, "to_q: is stored with weight_scale, which asym_w4a8_int8 does not have"),
         ({"weight_s_rel": None}, "relative scales of shape None"),
         ({"weight": torch.zeros(64, 48, dtype=torch.int8)}, r"asym_w4a8_int8 weights torch.int8 \[64, 48\]"),
         ({"weight_s_channel": None}, "asym_w4a8_int8 scales of shape None"),
@@ -404,6 +428,71 @@ def test_what_does_not_fit_of_comfyui_is_refused(made, comfyui, change, words, t
                 stored[f"{FILE_LINEAR}.{part}"] = value
 
     assert_refused(words, comfyui(CONVROT, tensors=edit), tmp_path / "out", base=made("wan", CONVROT))
+
+
+def test_groups_need_their_codebook_where_marks_are_in_the_header(made, comfyui, tmp_path):
+    """Uniform codes in groups have whole scales too, often, and are not those of a table."""
+    marks = {}
+
+    def change(stored):
+        for name in [name for name in stored if name.endswith(".comfy_quant")]:
+            marks[name.removesuffix(".comfy_quant")] = json.loads(bytes(stored.pop(name).tolist()))
+        for name in [name for name in stored if name.endswith(".weight_codebook")]:
+            del stored[name]
+
+    file = comfyui(CONVROT, *TABLE, tensors=change)
+    save_file(load_file(file), file, metadata={"_quantization_metadata": json.dumps({"layers": marks})})
+    assert_refused("whose weight_codebook is missing", file, tmp_path / "out", base=made("wan", CONVROT, *TABLE))
+
+
+def test_a_codebook_of_another_component_is_not_read(made, comfyui, tmp_path):
+    def change(stored):
+        for name in list(stored):
+            stored[f"model.diffusion_model.{name}"] = stored.pop(name)
+        stored["text_encoders.x.weight_codebook"] = torch.zeros(16)
+
+    checkpoint = made("wan", CONVROT, *TABLE)
+    s2q.convert(comfyui(CONVROT, *TABLE, tensors=change), out=tmp_path / "out", base=checkpoint)
+    assert_equal_linears(tmp_path / "out", checkpoint)
+
+
+def test_a_row_of_zeros_stays_one(made, comfyui, tmp_path):
+    def change(stored):
+        stored[f"{FILE_LINEAR}.weight_s_channel"][3] = 0
+
+    s2q.convert(comfyui(CONVROT, *TABLE, tensors=change), out=tmp_path / "out", base=made("wan", CONVROT))
+    layer = packed_linears(tmp_path / "out")[1]["blocks.0.attn1.to_q"]
+    assert not bool(layer.dequantized_weight()[3].any())
+    assert bool(layer.dequantized_weight()[2].any())
+
+
+def test_a_mark_that_is_no_text_is_refused(made, comfyui, tmp_path):
+    def change(stored):
+        stored[f"{FILE_LINEAR}.comfy_quant"] = torch.tensor([255, 254], dtype=torch.uint8)
+
+    file = comfyui(CONVROT, tensors=change)
+    assert_refused("its marks of quantized linears are damaged", file, tmp_path / "out", base=made("wan", CONVROT))
+
+
+@pytest.mark.slow
+def test_pieces_of_a_fused_linear_come_back(tmp_path):
+    pipe = tiny_pipeline("hunyuanvideo")
+    torch.manual_seed(0)  # of the published width, which the original layout needs
+    sizes = {"num_layers": 1, "num_single_layers": 0, "num_refiner_layers": 1, "mlp_ratio": 0.25}
+    pipe.register_modules(transformer=HunyuanVideoTransformer3DModel(text_embed_dim=256, **sizes).eval())
+    pipe.save_pretrained(tmp_path / "model")
+    s2q.quantize(tmp_path / "model", recipe=CONVROT, out=tmp_path / "made", overrides=list(TABLE))
+    s2q.export(tmp_path / "made", to="comfyui", out=tmp_path / "file.safetensors")
+    s2q.convert(tmp_path / "file.safetensors", out=tmp_path / "out", base=tmp_path / "model")
+    assert_equal_linears(tmp_path / "out", tmp_path / "made")
+
+
+def test_pieces_of_a_fused_linear_get_memory_of_their_own():
+    layer, _ = linear_of([ROW, ROW], [0.5, 0.25], activation=8, bias=torch.arange(2.0, 4.0))
+    layer.bias = torch.nn.Parameter(torch.arange(6.0)[2:4], requires_grad=False)
+    written = packed_file("x", layer, wide=True)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in written.values())
+    assert written["x.bias"].tolist() == [2, 3]
 
 
 def test_a_file_needs_a_base_and_marks(made, comfyui, tmp_path, capsys):

@@ -139,7 +139,8 @@ BRANCH = {"low_rank": 4, "deflates": False}
         ("comfyui", form(TABLED, None, right=64), "groups of 16 of weights, but a scale for each row"),
         ("comfyui", form(weights(4, group_size=16, levels="table"), A8, right=64), "the levels table of its weights"),
         ("sdnq", form(TABLED, A8), "the levels fp8_table of its weights"),
-        ("comfyui", form(SMALL, A8, right=64), "groups of 2 of 64 channels, but several of 4, 8, or a multiple of 16"),
+        ("comfyui", form(SMALL, A8, right=64), "groups of 2 of 64 channels, but several of 4, 8 or a multiple of 16"),
+        ("comfyui", form(TABLED, A8, right=16, width=16), "groups of 16 of 16 channels, but several of 4, 8"),
         ("comfyui", form(W4, A8), "unrotated inputs: asym_w4a8_int8 always rotates"),
         ("comfyui", form(W4, A4), "unrotated inputs: convrot_w4a4 always rotates"),
         ("comfyui", form(W4, A8, right=32), "a rotation in blocks of 32 channels, but of 4, 16, 64, 256"),
@@ -157,7 +158,9 @@ BRANCH = {"low_rank": 4, "deflates": False}
 def test_the_obstacle_of_a_linear_is_named(target, linear, obstacle):
     with pytest.raises(InvalidInputError) as raised:
         check_storable(TARGETS[target], [linear], recipe="")
-    assert str(raised.value).startswith(f"x: {target} cannot store {obstacle}; quantize the model with ")
+    stored, _, remedy = str(raised.value).partition("; ")
+    assert stored.startswith(f"x: {target} cannot store {obstacle}")
+    assert remedy.startswith("quantize the model with ")
 
 
 @pytest.mark.parametrize(

@@ -75,37 +75,53 @@ def test_unpacking_and_rescaling_odd_sizes(passes):
     assert not bool(wide[:, :5].any() or wide[:, 38:].any())
 
 
-@pytest.mark.parametrize("rank", [1, 16, 33])
-@pytest.mark.parametrize("rows", [64, 300, 4097])
-def test_a_branch_is_added_before_the_last_rounding(rows, rank):
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randint(-8, 8, (200, 96), dtype=torch.int8, generator=generator)
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "is_fused"),
+    [(64, 200, 1, True), (300, 64, 33, True), (4097, 200, 16, True), (70, 4099, 192, True)]
+    + [(300, 200, 193, False), (63, 200, 16, False), (300, 63, 16, False)],
+)
+def test_a_branch_is_added_before_the_last_rounding(rows, columns, rank, is_fused, monkeypatch):
+    generator, branches, rescale = torch.Generator().manual_seed(0), [], fused.Passes.rescale
+
+    def heard(self, *tensors, branch=None, out):
+        branches.append(branch)
+        rescale(self, *tensors, branch=branch, out=out)
+
+    monkeypatch.setattr(fused.Passes, "rescale", heard)
+    w = torch.randint(-8, 8, (columns, 96), dtype=torch.int8, generator=generator)
     x = torch.randint(-32, 32, (rows, 96), dtype=torch.int8, generator=generator)
-    low, weight = draw(rows, rank) * 1e3, draw(200, rank, seed=1).bfloat16()
-    scales = draw(rows, 1, seed=2).abs(), pack_codes(w, num_bits=4), draw(200, seed=3).abs()
-    for dtype, bias in itertools.product(fused.DTYPES, (None, draw(200, seed=4).bfloat16())):
+    low, weight = draw(rows, rank) * 1e3, draw(columns, rank, seed=1).bfloat16()
+    scales = draw(rows, 1, seed=2).abs(), pack_codes(w, num_bits=4), draw(columns, seed=3).abs()
+    for dtype, bias in itertools.product(fused.DTYPES, (None, draw(columns, seed=4).bfloat16())):
         expected, found = (
             rescaled_int_matmul(x, *scales, bias, low, weight, x_bits=6, w_bits=4, out_dtype=dtype, backend=backend)
             for backend in ("reference", "cpu")
         )
         assert torch.equal(found, expected), (dtype, bias is None)
-
-
-def test_a_branch_of_few_rows_is_pytorchs(monkeypatch):
     passes = fused.passes()
-    if passes is None or not passes.adds_branches:
-        pytest.skip("no pass adds a branch")
-    given = []
-    monkeypatch.setattr(
-        fused.Passes, "rescale", lambda self, *tensors, branch=None, out: given.append(branch) or out.zero_()
-    )
-    for rows in (63, 64):
-        x, w = torch.ones(rows, 16, dtype=torch.int8), pack_codes(torch.ones(64, 16, dtype=torch.int8), num_bits=4)
+    if passes is not None and passes.adds_branches:
+        assert branches
+        assert all((branch is not None) == is_fused for branch in branches)
+
+
+@pytest.mark.parametrize(
+    ("low", "weight"),
+    [
+        (torch.ones(64, 8, dtype=torch.bfloat16), torch.ones(64, 8)),
+        (torch.ones(64, 8, dtype=torch.float64), torch.ones(64, 8)),
+        (torch.ones(64, 4), torch.ones(64, 8)),
+        (torch.ones(32, 8), torch.ones(64, 8)),
+    ],
+    ids=["bf16", "fp64", "rank", "rows"],
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_branch_that_does_not_fit_is_an_error(low, weight, backend):
+    x, w = torch.ones(64, 16, dtype=torch.int8), pack_codes(torch.ones(64, 16, dtype=torch.int8), num_bits=4)
+    with pytest.raises(RuntimeError):
         rescaled_int_matmul(
-            x, torch.ones(rows, 1), w, torch.ones(64), None, torch.ones(rows, 2), torch.ones(64, 2), w_bits=4,
-            out_dtype=torch.float32, backend="cpu",
+            x, torch.ones(64, 1), w, torch.ones(64), None, low, weight, w_bits=4, out_dtype=torch.float32,
+            backend=backend,
         )  # fmt: skip
-    assert [branch is None for branch in given] == [True, False]
 
 
 def run(backend="cpu"):

@@ -124,7 +124,9 @@ def test_max_tokens_takes_frames_and_then_their_size(most, frames, side):
 
 
 def test_max_tokens_below_the_smallest_video_are_refused():
-    with pytest.raises(InvalidInputError, match=r"calibration.max_tokens=2: the smallest video has 3 tokens; use more"):
+    with pytest.raises(
+        InvalidInputError, match=r"calibration.max_tokens=2: the smallest video has 3 tokens; raise it to that"
+    ):
         calibration_settings(tiny_pipeline("cogvideox rotary"), Calibration(**SIZES, max_tokens=2), recommended={})
 
 

@@ -151,7 +151,7 @@ def test_zero_targets_is_an_error(linears):
         ("rtm-w4a6", "unknown recipe 'rtm-w4a6': nearest names are rtn-w4a6"),
         ("rtn-w4a7", "unknown recipe 'rtn-w4a7': rtn has the widths w4a16, w4a4, w4a6, w4a8, w8a8$"),
         ("vidit-q-mp-w8a8", "unknown recipe 'vidit-q-mp-w8a8': vidit-q-mp has the widths w4a4, w4a6, w4a8$"),
-        ("s2q", "unknown recipe 's2q': a method without its width; add w3a6, w4a4, w4a6, w4a8, w8a8$"),
+        ("s2q", "unknown recipe 's2q': names a method without a bit width; add w3a6, w4a4, w4a6, w4a8, w8a8$"),
     ],
 )
 def test_unknown_names_list_the_nearest_or_the_widths_of_the_method(name, message):

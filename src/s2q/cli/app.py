@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 def _show_versions(*, as_json: bool) -> None:
-    """Write the versions that decide a result; nothing heavy is imported for them."""
+    """Write the versions that affect results; nothing heavy is imported for them."""
     from s2q.cli.output import emit_json
     from s2q.common.records import VERSIONS_VERSION
     from s2q.common.versions import WITH_KERNELS, package_versions
@@ -45,7 +45,7 @@ def _show_versions(*, as_json: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the versions that decide a result, and exit.")
+        bool, typer.Option("--version", help="Show the versions that affect results, and exit.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --version: one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all logs; allowed anywhere.")] = False,

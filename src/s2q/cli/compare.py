@@ -30,7 +30,7 @@ Recipes = Annotated[
 ]
 Peers = Annotated[
     list[str] | None,
-    options.names_option("--peers", help="Other tools that quantize the model too: names; all for the installed ones."),
+    options.names_option("--peers", help="Other quantization tools to include: names; all for the installed ones."),
 ]
 CompareFolder = Annotated[Path, options.folder_option("-o", "--output", help="Folder to write.")]
 CalibrationPrompts = Annotated[

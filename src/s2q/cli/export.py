@@ -16,7 +16,7 @@ def export(
     to: Annotated[Target, typer.Option("--to", help="Format to write.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder or file to write.", metavar="OUT")],
     component: Annotated[
-        Component | None, typer.Option("--component", help="Transformer of a model with two, for comfyui and gguf.")
+        Component | None, typer.Option("--component", help="Which of two transformers to export, for comfyui and gguf.")
     ] = None,
     variant: options.Variant = None,
     verify: options.Verify = None,

@@ -132,7 +132,7 @@ MemoryBudget = Annotated[
 ]
 OffloadName = Annotated[
     Literal["auto", "none", "model", "group"],
-    typer.Option("--offload", help="Offload of a model that a GPU is too small for: by component, or by block."),
+    typer.Option("--offload", help="How to offload a model that does not fit on the GPU: by component, or by block."),
 ]
 AttentionBackend = Annotated[
     str | None, name_option("--attention", help="Attention backend of diffusers. Default: PyTorch.")

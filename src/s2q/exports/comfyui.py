@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from s2q.common.errors import InvalidInputError, short_repr
+from s2q.common.errors import InvalidInputError, S2QError, short_repr
 from s2q.common.headers import read_header
 from s2q.core.codebook import FP8_SCALES, FP8_TABLE_NUMBER, SCALE_BITS, TABLE_BITS, TABLES, table_and_scale
 from s2q.core.packing import unpack_codes
@@ -56,6 +56,12 @@ _METADATA = {"quantized_by": WRITER}
 _CODEBOOK = "weight_codebook"
 _HALF_UP = 2.0**-10
 """Added to the levels l of a codebook: l · s / 32 of two whole numbers is rounded up then, as that of s2q."""
+_BOOK = "codebook is that of s2q"
+"""In marks: whether the file has such levels for a linear that has some."""
+_GROUP = 16
+"""Channels of a group where the mark has no `group_size`."""
+_RELATIVE = (torch.float32, torch.float8_e4m3fn)
+_PARTS = {_W4A8: ("weight_s_rel", "weight_s_channel"), _W4A4: ("weight_scale",), _INT8: ("weight_scale",)}
 _SCALES = ("weight_scale", "weight_s_rel", "weight_s_channel")
 _PRODUCTS = {"int4": 4, "int8": 8}
 """Bits of activations by `linear_dtype`."""
@@ -66,7 +72,8 @@ def _obstacle(form: LinearForm) -> str | None:
     if bits not in (None, 4, 8) or (bits == 4 and form.scheme.weight.num_bits > 4):
         return f"activations of {bits} bits beside weights of {form.scheme.weight.num_bits}"
     if form.group_size is not None and not (form.scheme.weight.has_table and kind == _W4A8):
-        return f"groups of {form.group_size} of weights, but a scale for each row"
+        table = f", or groups with the levels {FP8_TABLE}" if kind == _W4A8 else ""
+        return f"groups of {form.group_size} of weights, but a scale for each row{table}"
     if rotation is None and kind != _INT8:
         return f"unrotated inputs: {kind} always rotates"
     if rotation is not None and rotation not in ORDERS:
@@ -77,7 +84,7 @@ def _obstacle(form: LinearForm) -> str | None:
 def _unfit_width(form: LinearForm) -> str | None:
     kind = _kind(form)
     if form.group_size is not None and (not _is_group(form.group_size) or form.group_size == form.in_features):
-        return f"groups of {form.group_size} of {form.in_features} channels, but several of 4, 8, or a multiple of 16"
+        return f"groups of {form.group_size} of {form.in_features} channels, but several of 4, 8 or a multiple of 16"
     if form.in_features % _MULTIPLE[kind]:
         return f"{form.in_features} input channels, no multiple of {_MULTIPLE[kind]}, as {kind}"
     if form.rotation is not None and form.rotation < _SMALLEST_ORDER[kind]:
@@ -173,10 +180,14 @@ def _form(name: str, linear: nn.Linear, tensors: Tensors, mark: Mapping[str, Any
     scale = tensors.get("weight_s_channel" if kind == _W4A8 else "weight_scale")
     if scale is None or scale.numel() != rows:
         raise InvalidInputError(f"{kind} scales of shape {None if scale is None else list(scale.shape)}")
-    groups = _groups(tensors.get("weight_s_rel"), rows, columns) if kind == _W4A8 else 1
+    if stray := sorted(tensors.keys() & set(_SCALES) - set(_PARTS[kind])):
+        raise InvalidInputError(f"{stray[0]}, which {kind} does not have")
     order = mark.get("convrot_groupsize", ORDERS[-1]) if kind != _INT8 or mark.get("convrot") else None
     if order is not None and (order not in ORDERS or columns % order):
         raise InvalidInputError(f"a rotation in blocks of {short_repr(order)} of {columns} channels")
+    groups = _groups(tensors.get("weight_s_rel"), mark, rows, columns) if kind == _W4A8 else 1
+    if groups == 1 and _BOOK in mark:
+        raise InvalidInputError(f"{_CODEBOOK}, which {kind} has with groups alone")
     product = mark.get("linear_dtype", "int4")
     if kind == _W4A4 and product not in _PRODUCTS:
         raise InvalidInputError(f"activations in {short_repr(product)}")
@@ -195,15 +206,27 @@ def _form(name: str, linear: nn.Linear, tensors: Tensors, mark: Mapping[str, Any
     )
 
 
-def _groups(relative: Tensor | None, rows: int, columns: int) -> int:
-    """Return the number of groups of a row that a linear of this format has scales for."""
-    if relative is not None and tuple(relative.shape) == (rows, 1) and bool((relative == 1).all()):
+def _groups(relative: Tensor | None, mark: Mapping[str, Any], rows: int, columns: int) -> int:
+    """Return the number of groups of a row that a linear of 4-bit weights has scales for; checks all of them."""
+    shape = None if relative is None else list(relative.shape)
+    if relative is None or relative.ndim != 2 or len(relative) != rows or not relative.numel():
+        raise InvalidInputError(f"relative scales of shape {shape}")
+    if relative.dtype not in _RELATIVE:
+        raise InvalidInputError(f"relative scales in {relative.dtype}")
+    groups, size = relative.shape[1], mark.get("group_size", _GROUP)
+    if type(size) is not int or size * groups != columns:
+        raise InvalidInputError(
+            f"relative scales of shape {shape} for groups of {short_repr(size)} of {columns} channels"
+        )
+    if groups == 1 and bool((relative == 1).all()):
         return 1
-    if relative is None or relative.ndim != 2 or len(relative) != rows or columns % relative.shape[1]:
-        raise InvalidInputError(f"relative scales of shape {None if relative is None else list(relative.shape)}")
-    if relative.shape[1] == 1 or not bool(torch.isin(relative.float(), torch.tensor(FP8_SCALES).float()).all()):
-        raise InvalidInputError("relative scales of groups that s2q's tables do not have")
-    return relative.shape[1]
+    if groups == 1 or not _is_group(size):
+        raise InvalidInputError(f"relative scales of groups of {size} of {columns} channels")
+    if not mark.get(_BOOK):
+        raise InvalidInputError(f"groups of {size} whose {_CODEBOOK} is {'another' if _BOOK in mark else 'missing'}")
+    if not bool(torch.isin(relative.float(), torch.tensor(FP8_SCALES).float()).all()):
+        raise InvalidInputError("scales of groups other than the whole numbers of 8-bit floating point that s2q writes")
+    return groups
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
@@ -215,13 +238,21 @@ def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], 
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = load_file(path)
-    marks, books = _taken(tensors, _MARK), _taken(tensors, _CODEBOOK)
-    for name in {*books, *(mark for mark in marks if _has_groups(tensors, mark))}:
-        book = books.get(name)
-        if book is None or not torch.equal(book.float(), _codebook()):
-            raise InvalidInputError(f"{name}: is stored with {_CODEBOOK} of other levels than those of s2q's table")
+    tensors, marks, books = _loaded(path)
+    grouped = {name for name in marks if _has_groups(tensors, name)}
+    if set(books) != grouped or not all(map(_is_codebook, books.values())):
+        raise S2QError(f"{path}: was read back with other {_CODEBOOK}; nothing was exported, check the disk")
     return tensors, {name: bytes(mark.tolist()).decode() for name, mark in marks.items()}
+
+
+def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return other tensors of a file; the marks and the codebooks by the names of their linears."""
+    tensors = load_file(path)
+    return tensors, _taken(tensors, _MARK), _taken(tensors, _CODEBOOK)
+
+
+def _is_codebook(tensor: Tensor) -> bool:
+    return torch.equal(tensor.float(), _codebook())
 
 
 def _taken(tensors: dict[str, Tensor], last: str) -> dict[str, Tensor]:
@@ -246,15 +277,19 @@ def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]
     read_header(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    tensors, texts = _read(path)
+    tensors, texts, books = _loaded(path)
     try:
-        marks = {name: json.loads(text) for name, text in texts.items()}
+        marks = {name: json.loads(bytes(text.tolist()).decode()) for name, text in texts.items()}
         marks |= json.loads(metadata.get(_HEADER_MARKS, "{}")).get("layers", {})
         known = all(isinstance(mark, dict) for mark in marks.values())
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: its marks of quantized linears are damaged; download it again") from error
     if known:
+        tensors |= {f"{name}.{_CODEBOOK}": book for name, book in books.items()}
         tensors, marks = _of_transformer(path, tensors, marks)
+        marks = {name: {key: value for key, value in mark.items() if key != _BOOK} for name, mark in marks.items()}
+        for name, book in _taken(tensors, _CODEBOOK).items():
+            marks.setdefault(name, {})[_BOOK] = _is_codebook(book)
     if not known or not marks:
         raise InvalidInputError(
             f"{path}: its transformer has no linears with {_MARK} or {_HEADER_MARKS}, as ComfyUI's quantized files "
@@ -265,7 +300,8 @@ def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]
         if linear in marks and part not in ("weight", "bias", *_SCALES):
             raise InvalidInputError(f"{linear}: is stored with {part}, which s2q's packed linears do not have")
         weight = tensors.get(f"{linear}.weight")
-        if linear in marks and part in _SCALES and tensor.numel() == 1 and weight is not None and weight.ndim == 2:
+        is_whole = part in _SCALES and part != "weight_s_rel" and tensor.numel() == 1
+        if linear in marks and is_whole and weight is not None and weight.ndim == 2:
             tensors[name] = tensor.reshape(1).repeat(weight.shape[0])
     return tensors, marks, metadata.get("quantized_by")
 

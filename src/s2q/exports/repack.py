@@ -1,8 +1,8 @@
 """Packed linears of another program's values, for the transformer of a checkpoint.
 
 Values are kept, with two exceptions: branches are rounded to bf16, as packed linears have them, and a row or group with
-a scale of 0 gets codes of 0 and a scale of 1. Files of version 4 have bf16 scales and transforms; where they would
-round one, the transformer gets a file of version 3, which has fp32 ones.
+a scale of 0 gets codes of 0 and a scale of 1 (in a table, scales of groups of 0). Files of version 4 have bf16 scales
+and transforms; where they would round one, the transformer gets a file of version 3, which has fp32 ones.
 
 Shapes: `O/I` out/in features, `r` rank.
 """
@@ -96,7 +96,8 @@ def repacked(weight: CodedWeight, form: LinearForm, bias: Tensor | None, *, sche
         "weight_scale": torch.where(weight.scale == 0, 1.0, weight.scale),
     }
     if weight.group_scale is not None:
-        tensors["weight_group_scale"] = weight.group_scale
+        is_zero = (weight.scale == 0).unsqueeze(1)  # no code of a table is 0, its scale of a group is
+        tensors["weight_group_scale"] = torch.where(is_zero, 0, weight.group_scale)
     if form.rotation is not None:
         tensors["transform_right"] = rotation_matrix(form.rotation).float()
     if weight.up is not None and weight.down is not None:
@@ -108,4 +109,11 @@ def packed_file(name: str, layer: PackedLinear, *, wide: bool) -> dict[str, Tens
     """Return what the file of a transformer has of a linear, by full name."""
     tensors = {**layer.state_dict(), "weight": layer.packed_weight}
     written = file_form({f"{name}.{part}": tensor.detach() for part, tensor in tensors.items()}, wide=wide)
-    return {part: tensor.contiguous() for part, tensor in written.items()}
+    return {part: _own(tensor) for part, tensor in written.items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor with memory of its own: rows of a fused linear share theirs in the source."""
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()

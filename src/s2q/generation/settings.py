@@ -103,7 +103,7 @@ def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> G
         smaller = replace(settings, height=height, width=width)
     if (tokens := video_tokens(pipe, smaller)) > max_tokens:
         raise InvalidInputError(
-            f"calibration.max_tokens={max_tokens}: the smallest video has {tokens} tokens; use more"
+            f"calibration.max_tokens={max_tokens}: the smallest video has {tokens} tokens; raise it to that"
         )
     try:
         _check_video(pipe, smaller)

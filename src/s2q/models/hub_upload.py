@@ -140,5 +140,5 @@ def _hub_errors(hub: HubId) -> Iterator[None]:
 def _interrupted(hub: HubId, error: Exception) -> S2QError:
     cause = first_line(error.__cause__ or error)
     return S2QError(
-        f"{hub}: the Hub cannot be reached or failed ({cause}); run the command again, it sends what is missing"
+        f"{hub}: the Hub cannot be reached or failed ({cause}); run the command again, it uploads only what is missing"
     )

@@ -382,9 +382,8 @@ static void add_pairs(const float *a, const float *b, float *sums, int64_t rows,
     }
 }
 
-/* What s2q_rescale writes plus low [M, rank] times branch [rank, O], in fp32 before the last rounding; O is at most
-   PANEL. Each sum over the rank starts at 0, as those of MKL do. */
-#define PANEL 2048
+/* As s2q_rescale, with low [M, rank] times branch [rank, O] added in fp32 before the last rounding; O is at most PANEL.
+   Each sum over the rank starts at 0, as those of MKL do up to RANKS of ops/fused.py. */
 #define HIGH 8 /* rows at a time */
 #define RESCALE_BRANCH(TYPE)                                                                                           \
     static void rescale_branch_row_##TYPE(const int32_t *restrict sums, const float *restrict w_scale, float x_scale,  \

@@ -36,13 +36,20 @@ from s2q.core.qparams import code_range, fake_quantize_rows, quantize_per_token
 
 SOURCE = Path(__file__).with_name("fused.c")
 VARIABLE = "S2Q_FUSED"
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 DTYPES = tuple(_NAMES)
 """Dtypes that `quantize` reads and `rescale` writes."""
 
 PANEL = 2048
 """Out features of `rescale` with a branch, at most."""
+
+RANKS = range(1, 193)
+"""Ranks of such a branch: BLAS sums over more of them in pieces."""
+
+_FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    f"-DPANEL={PANEL}",
+)
 
 SMALLEST_BRANCH = 64
 """Rows and out features of `rescale` with a branch, at least: BLAS sums products of few rows in other orders."""
@@ -61,7 +68,7 @@ class Passes:
 
     Attributes:
         multiplies: Whether there are products (with AVX-512), whose bits are those of PyTorch's BLAS.
-        adds_branches: Whether `rescale` takes a low-rank branch, with the same bits.
+        adds_branches: Whether `rescale` can add a low-rank branch, with the same bits.
 
     Args:
         library: `fused.c`, loaded.
@@ -398,7 +405,7 @@ def _products_equal_torch(passes: Passes) -> bool:
 def _branches_equal_torch(passes: Passes) -> bool:
     """Compare rescaling with a branch with PyTorch's operations, bit for bit."""
     generator = torch.Generator().manual_seed(0)
-    for rows, columns, rank in ((300, 192, 32), (67, 131, 16), (SMALLEST_BRANCH, PANEL, 7)):
+    for rows, columns, rank in ((300, 192, 32), (67, 131, RANKS[-1]), (SMALLEST_BRANCH, PANEL, 7)):
         sums = torch.randint(-(1 << 20), 1 << 20, (rows, columns), dtype=torch.int32, generator=generator)
         (w_scale, bias), x_scale = torch.rand(2, columns, generator=generator), torch.rand(rows, 1, generator=generator)
         low, weight = (torch.randn(size, generator=generator) * 1e5 for size in ((rows, rank), (columns, rank)))

@@ -72,7 +72,9 @@ def unknown_recipe(name: str) -> InvalidInputError:
     """Build (not raise) the error for a recipe that the package lacks; it lists the widths of a known method."""
     method = name.rpartition("-")[0]
     if name in methods():
-        return InvalidInputError(f"unknown recipe {short_repr(name)}: a method without its width; add {_widths(name)}")
+        return InvalidInputError(
+            f"unknown recipe {short_repr(name)}: names a method without a bit width; add {_widths(name)}"
+        )
     if method in methods():
         return InvalidInputError(f"unknown recipe {short_repr(name)}: {method} has the widths {_widths(method)}")
     return unknown_name("recipe", name, recipe_names())

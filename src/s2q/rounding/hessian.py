@@ -39,7 +39,7 @@ class HessianAccumulator:
     def hessian(self) -> Tensor:
         """Return H, fp32 [I, I], symmetric; InvalidInputError if nothing has been added."""
         if self.num_tokens == 0:
-            raise InvalidInputError("Hessian: no token was added; run the calibration samples through the layer first")
+            raise InvalidInputError("Hessian: has seen no tokens; run the calibration samples through the layer first")
         return (self._sum + self._sum.t()) / 2
 
 

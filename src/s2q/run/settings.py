@@ -50,7 +50,7 @@ def recipe_argument(
         return validated
     arguments.whole_number("samples", samples, least=1)
     if not validated.calibrates:
-        raise UsageError(f"samples (--samples): recipe {validated.name} uses no calibration samples; remove it")
+        raise UsageError(f"samples (--samples): recipe {validated.name} uses no calibration samples; remove --samples")
     return load_recipe(recipe, overrides=[*overrides, f"calibration.samples={samples}"])
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from s2q.core.packing import check_packed, unpack_codes
-from s2q.ops.fused import DTYPES, PANEL, SMALLEST_BRANCH, Passes, passes, vector
+from s2q.ops.fused import DTYPES, PANEL, RANKS, SMALLEST_BRANCH, Passes, passes, vector
 from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.scratch import take
 
 ROWS, COLUMNS = 4096, PANEL
-"""Rows and out features of a product, at most: its codes of w and its sums are some MiB."""
+"""Rows and out features of a product, at most: its sums take up to 32 MiB."""
 
 UNPACKED_CODES = 1 << 20
 """Codes of w that are unpacked at a time."""
@@ -55,8 +55,9 @@ def rescaled_int_matmul(
     pairs, direct = cpu.multiplies_pairs(x_bits=x_bits, w_bits=w_bits), branch is None and shared_output is None
     fused = None if pairs or (direct and out_dtype not in DTYPES) else passes()
     joins = fused is not None and fused.adds_branches and shared_output is None and out_dtype in DTYPES
-    joins = joins and min(rows, columns) >= SMALLEST_BRANCH
-    low_rank_input = None if low_rank_input is None else low_rank_input.contiguous()
+    if low_rank_input is not None and branch is not None:
+        joins = joins and _is_joined(low_rank_input, branch, rows=rows, columns=columns)
+        low_rank_input = low_rank_input.contiguous()
     if fused is not None:  # -0 changes nothing, not even the sign of zero
         offset, x_scale = vector(bias, columns, missing=-0.0), vector(x_scale, rows, missing=1.0)
         w_scale = vector(w_scale, columns, missing=1.0)
@@ -118,6 +119,13 @@ def _rescale(
         torch.addcmul(bias, total, x_scale, out=target)
     if target is total:
         out.copy_(total)
+
+
+def _is_joined(low_rank_input: Tensor, branch: Tensor, *, rows: int, columns: int) -> bool:
+    """Whether `Passes.rescale` adds a low-rank branch with the bits of BLAS; PyTorch adds others, or raises."""
+    rank = branch.shape[-1]
+    fits = low_rank_input.dtype == torch.float32 and low_rank_input.shape == (rows, rank) and rank in RANKS
+    return fits and branch.shape == (columns, rank) and min(rows, columns) >= SMALLEST_BRANCH
 
 
 def _even_size(total: int, most: int) -> int:
