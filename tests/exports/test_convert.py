@@ -16,11 +16,9 @@ from exported import (
     GROUPS,
     LINEAR,
     OUTER,
-    ROW,
     TABLE,
     WEIGHTS,
     assert_refused,
-    linear_of,
     packed_linears,
 )
 from quick import slow
@@ -32,8 +30,7 @@ from s2q.common.records import EXPORT_RECORD
 from s2q.core.codebook import FP8_TABLE_NUMBER, TABLES
 from s2q.exports import convert as module
 from s2q.exports.layout import LAYOUTS
-from s2q.exports.reading import _marked_names
-from s2q.exports.repack import packed_file
+from s2q.exports.reading import _marked_names, apart
 from s2q.exports.sdnq import linear_options
 from s2q.generation.defaults import generation_defaults
 from s2q.shapes.embedded import embedded_folder
@@ -86,7 +83,6 @@ def test_an_export_to_sdnq_gives_the_linears_of_its_checkpoint(made, recipe, tmp
         (CONVROT, *OUTER),
         slow(("convrot-w8a8",)),
         (CONVROT, *TABLE),
-        slow(("s2q-export-table-w4a8",)),
         ("convrot-w4a4", *OUTER, "skip=['*.ffn.net.2']"),
         slow(("rtn-w4a16",)),
     ],
@@ -488,11 +484,10 @@ def test_pieces_of_a_fused_linear_come_back(tmp_path):
 
 
 def test_pieces_of_a_fused_linear_get_memory_of_their_own():
-    layer, _ = linear_of([ROW, ROW], [0.5, 0.25], activation=8, bias=torch.arange(2.0, 4.0))
-    layer.bias = torch.nn.Parameter(torch.arange(6.0)[2:4], requires_grad=False)
-    written = packed_file("x", layer, wide=True)
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in written.values())
-    assert written["x.bias"].tolist() == [2, 3]
+    whole = torch.arange(6.0)
+    pieces = apart({"q": whole[:2], "k": whole[2:4], "all": whole})
+    assert [tensor.untyped_storage().nbytes() for tensor in pieces.values()] == [8, 8, 24]
+    assert [tensor.tolist() for tensor in pieces.values()] == [[0, 1], [2, 3], whole.tolist()]
 
 
 def test_a_file_needs_a_base_and_marks(made, comfyui, tmp_path, capsys):

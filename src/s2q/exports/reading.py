@@ -184,7 +184,7 @@ def _of_file(path: Path, given_base: str | Path | None, *, variant: str | None) 
         layout = layout_of(plain, COMFYUI_FORMAT.name, remedy=f"quantize {base.given} with s2q quantize")
         names = _marked_names(plain, layout, marks)
         assert COMFYUI.file is not None
-        converted = from_original(type(plain).__name__, tensors, suffixes=COMFYUI.file.suffixes)
+        converted = apart(from_original(type(plain).__name__, tensors, suffixes=COMFYUI.file.suffixes))
         return _stored(converted, names, files=dict.fromkeys(converted, path))
 
     return Conversion(
@@ -205,6 +205,14 @@ def _of_file(path: Path, given_base: str | Path | None, *, variant: str | None) 
 def _line(text: str) -> str:
     """Return a stranger's text as a line of at most 200 printable characters."""
     return printable(" ".join(text.split()))[:200]
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor memory of its own, as files need it: pieces of a fused linear share that of the whole."""
+    return {
+        name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        for name, tensor in tensors.items()
+    }
 
 
 def _marked_names(model: nn.Module, layout: Layout, marks: Mapping[str, Any]) -> dict[str, Any]:

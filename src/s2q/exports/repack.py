@@ -109,11 +109,4 @@ def packed_file(name: str, layer: PackedLinear, *, wide: bool) -> dict[str, Tens
     """Return what the file of a transformer has of a linear, by full name."""
     tensors = {**layer.state_dict(), "weight": layer.packed_weight}
     written = file_form({f"{name}.{part}": tensor.detach() for part, tensor in tensors.items()}, wide=wide)
-    return {part: _own(tensor) for part, tensor in written.items()}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor with memory of its own: rows of a fused linear share theirs in the source."""
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.contiguous()
+    return {part: tensor.contiguous() for part, tensor in written.items()}
