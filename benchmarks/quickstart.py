@@ -105,7 +105,7 @@ def quickstart_table(_: str) -> str:
     note = (
         f"User and system time of all processes, each command once, with the installed wheel ({where}).\n"
         "Five to six of them import PyTorch and diffusers. The machine had other work "
-        f"(load {record['load']:.0f}), so no time on a clock is given.\n"
+        f"(load {record['load']:.0f}), so wall-clock times are not given.\n"
         f"Short: `s2q-w4a8` with `{shlex.join(QUICK)}`. The Hub is a local stand-in.\n"
         "Made by `python benchmarks/quickstart.py --s2q PATH`."
     )

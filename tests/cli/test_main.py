@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -126,6 +127,20 @@ def test_json_errors_leave_stdout_empty(capsys):
     assert "nearest names are shapes-cogvideox" in captured.err
     with pytest.raises(json.JSONDecodeError):
         json.loads(captured.err)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_made_its_own_error_is_still_one(number, code, monkeypatch, capsys):
+    def build(_arguments):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except BaseException as error:
+            raise ValueError(f"Error building a serializer: {error}") from error
+
+    monkeypatch.setattr("s2q.cli._invoke", build)
+    assert run(["doctor"]) == code
+    assert "defect of s2q" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "1"}])

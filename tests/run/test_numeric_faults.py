@@ -130,6 +130,7 @@ OVERFLOWS |= {
     "s2q-table": LAST,
     "s2q-export": BLOCK,
     "s2q-export-branch": BLOCK,
+    "s2q-export-table": BLOCK,
 }  # the loss of what refinement starts from
 
 
