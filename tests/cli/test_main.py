@@ -14,6 +14,7 @@ from s2q.common.errors import (
     ResourceError,
     S2QError,
 )
+from s2q.common.interrupts import resumable
 
 
 @pytest.mark.parametrize(
@@ -130,17 +131,22 @@ def test_json_errors_leave_stdout_empty(capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_a_library_made_its_own_error_is_still_one(number, code, monkeypatch, capsys):
+def test_a_signal_that_a_library_made_its_own_error_is_still_one(number, code, monkeypatch, tmp_path, capsys):
     def build(_arguments):
-        try:
-            os.kill(os.getpid(), number)
-            time.sleep(5)
-        except BaseException as error:
-            raise ValueError(f"Error building a serializer: {error}") from error
+        with resumable(tmp_path):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            except BaseException as error:
+                raise ValueError(f"Error building a serializer: {error}") from error
 
     monkeypatch.setattr("s2q.cli._invoke", build)
     assert run(["doctor"]) == code
-    assert "defect of s2q" not in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "defect of s2q" not in shown
+    assert "run the same command again to resume" in " ".join(shown.split())
+    monkeypatch.setattr("s2q.cli._invoke", lambda arguments: 1 / 0)
+    assert run(["doctor"]) == 1, "a later command of this process"
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "1"}])

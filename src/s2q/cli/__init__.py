@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from s2q.common.errors import ResourceError, S2QError, first_line, is_out_of_memory
 from s2q.common.files import failed_write, write_error
-from s2q.common.interrupts import ENDINGS
+from s2q.common.interrupts import ARRIVED, ENDINGS
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how the threads of a CPU wait for each other."""
@@ -72,8 +72,8 @@ def take_large_pages(environment: MutableMapping[str, str]) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; `--debug` may stand anywhere in it."""
     debug = "--debug" in arguments
-    received: list[_Stopped] = []
-    previous = _catch_signals(received)
+    ARRIVED.clear()
+    previous = _catch_signals()
     try:
         from s2q.cli import console
 
@@ -87,8 +87,9 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if received:  # a library made it this error: pydantic does while it builds a model, at its import
-            return _fail(error, str(received[-1]), received[-1].exit_code, debug=debug)
+        if ARRIVED:  # a library made it this error
+            stopped = _Stopped(ARRIVED[-1])
+            return _fail(error, str(stopped), stopped.exit_code, debug=debug)
         if is_out_of_memory(error) and not isinstance(error, ResourceError):
             message = f"out of memory ({first_line(error)}); free some, or use a smaller model or smaller videos"
             return _fail(error, message, ResourceError.exit_code, debug=debug)
@@ -138,15 +139,12 @@ def _fail(error: BaseException, message: str, code: int, *, debug: bool) -> int:
     return code
 
 
-def _catch_signals(received: list[_Stopped]) -> dict[int, Any]:
-    """Let SIGINT and SIGTERM unwind the stack, and note them in `received`.
-
-    Returns the handlers replaced, none where signals are somebody else's.
-    """
+def _catch_signals() -> dict[int, Any]:
+    """Let SIGINT and SIGTERM unwind the stack; return the handlers replaced, none where signals are somebody else's."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        received.append(_Stopped(number))
-        raise received[-1]
+        ARRIVED.append(number)
+        raise _Stopped(number)
 
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if threading.current_thread() is not threading.main_thread():

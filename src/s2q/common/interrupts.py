@@ -11,6 +11,10 @@ from s2q.common.errors import ResourceError
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
+ARRIVED: list[int] = []
+"""Those that the command line has got. Libraries turn their exception into one of their own: pydantic does while it
+builds a model, at its import."""
+
 
 @contextlib.contextmanager
 def finish_first() -> Iterator[None]:
@@ -37,6 +41,7 @@ def resumable(kept: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if kept.exists() and (isinstance(error, ResourceError) or not isinstance(error, Exception)):
+        is_early = isinstance(error, ResourceError) or not isinstance(error, Exception) or bool(ARRIVED)
+        if kept.exists() and is_early:
             error.add_note("run the same command again to resume: finished results are kept")
         raise
