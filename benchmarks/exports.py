@@ -63,13 +63,12 @@ def with_comfyui_linears(pipe: DiffusionPipeline, file: Path) -> DiffusionPipeli
         original = layout.linear_name(name) if isinstance(linear, nn.Linear) else None
         if f"{original}.comfy_quant" not in stored:
             continue
-        tensors = {part: stored.get(f"{original}.{part}") for part in ("weight_s_rel", "weight_s_channel")}
         mark = json.loads(bytes(stored[f"{original}.comfy_quant"].tolist()))
         kind = mark.pop("format")
         assert kind == "asym_w4a8_int8", (name, kind)
         parameters = AsymW4A8Int8Layout.Params(
-            scale=tensors["weight_s_rel"],
-            s_channel=tensors["weight_s_channel"],
+            scale=stored[f"{original}.weight_s_rel"],
+            s_channel=stored[f"{original}.weight_s_channel"],
             codebook=stored.get(f"{original}.weight_codebook"),
             orig_dtype=linear.weight.dtype,
             orig_shape=tuple(linear.weight.shape),
@@ -115,10 +114,10 @@ def main() -> None:
                 pipe = load_with_peer(peer, source, dtype=settings.dtype)
             else:
                 path, storage = exported(arguments.model, name, Path(scratch), arguments.checkpoints, to=arguments.to)
-                loaded = source if arguments.to == "comfyui" else path
-                pipe = load_pipeline(loaded, dtype=settings.dtype)
                 if arguments.to == "comfyui":
-                    pipe = with_comfyui_linears(pipe, path)
+                    pipe = with_comfyui_linears(load_pipeline(source, dtype=settings.dtype), path)
+                else:
+                    pipe = load_pipeline(path, dtype=settings.dtype)
             result = summarise(judge_model(source, reference, pipe=pipe))
         result["videos"] = rounded_metrics(result["videos"])
         record = result | {"model": name, "reference": arguments.model, "storage": storage} | environment()

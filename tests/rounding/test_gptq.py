@@ -87,7 +87,7 @@ def damped(hessian):
 def naive_gptq(weight, hessian, nearest):
     """Column by column with the inverse of what remains (Frantar et al., eq. 2 and 3), fp64, no blocks, no factor.
 
-    `nearest` returns the values of a column of the weight as it is then.
+    `nearest(weight, column)` rounds a column of the updated weight.
     """
     weight, hessian, values = weight.double().clone(), damped(hessian), torch.zeros(weight.shape).double()
     for column in range(weight.shape[1]):

@@ -62,7 +62,7 @@ _GROUP = 16
 """Channels of a group where the mark has no `group_size`."""
 _RELATIVE = (torch.float32, torch.float8_e4m3fn)
 _PARTS = {_W4A8: ("weight_s_rel", "weight_s_channel"), _W4A4: ("weight_scale",), _INT8: ("weight_scale",)}
-_SCALES = ("weight_scale", "weight_s_rel", "weight_s_channel")
+_SCALES = (*_PARTS[_INT8], *_PARTS[_W4A8])
 _PRODUCTS = {"int4": 4, "int8": 8}
 """Bits of activations by `linear_dtype`."""
 
@@ -238,17 +238,18 @@ def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], 
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors, marks, books = _loaded(path)
+    tensors, marks = _loaded(path)
+    books = _taken(tensors, _CODEBOOK)
     grouped = {name for name in marks if _has_groups(tensors, name)}
     if set(books) != grouped or not all(map(_is_codebook, books.values())):
-        raise S2QError(f"{path}: was read back with other {_CODEBOOK}; nothing was exported, check the disk")
-    return tensors, {name: bytes(mark.tolist()).decode() for name, mark in marks.items()}
+        raise S2QError(f"{path}: {_CODEBOOK} was read back with other levels; nothing was exported, check the disk")
+    return tensors, marks
 
 
-def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return other tensors of a file; the marks and the codebooks by the names of their linears."""
+def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, and the texts of its marks by the names of their linears."""
     tensors = load_file(path)
-    return tensors, _taken(tensors, _MARK), _taken(tensors, _CODEBOOK)
+    return tensors, {name: bytes(mark.tolist()).decode() for name, mark in _taken(tensors, _MARK).items()}
 
 
 def _is_codebook(tensor: Tensor) -> bool:
@@ -277,15 +278,14 @@ def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]
     read_header(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    tensors, texts, books = _loaded(path)
     try:
-        marks = {name: json.loads(bytes(text.tolist()).decode()) for name, text in texts.items()}
+        tensors, texts = _loaded(path)
+        marks = {name: json.loads(text) for name, text in texts.items()}
         marks |= json.loads(metadata.get(_HEADER_MARKS, "{}")).get("layers", {})
         known = all(isinstance(mark, dict) for mark in marks.values())
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: its marks of quantized linears are damaged; download it again") from error
     if known:
-        tensors |= {f"{name}.{_CODEBOOK}": book for name, book in books.items()}
         tensors, marks = _of_transformer(path, tensors, marks)
         marks = {name: {key: value for key, value in mark.items() if key != _BOOK} for name, mark in marks.items()}
         for name, book in _taken(tensors, _CODEBOOK).items():
