@@ -140,7 +140,10 @@ HALVES = 0.15
 and of what two devices generate then."""
 SMALL = 5e-5
 """Losses of tiny blocks with a branch. Two devices find bases of one space that differ by a rotation, which float8
-rounds otherwise."""
+rounds otherwise; the losses differ by up to a factor of two."""
+RESIDUE = 1 / 200
+"""Of the loss of plain rounding: below it, only what float8 and bf16 round is left of a tiny block with a branch. On
+one device, weights changed by a millionth change it by up to a factor of two, and so does the instruction set."""
 DIGITS = 0.02
 """Of the latents that two devices generate from one checkpoint: usually 1e-6; a single code of a 6-bit input that is
 rounded the other way moves those of a model of three tokens by half a percent."""
@@ -176,7 +179,8 @@ def check_against_cpu(
         wanted = expected.losses[block, stage]
         message = f"{block}: {stage} loss {loss}; on the CPU {wanted}"
         if stage != "rtn" and load_recipe(recipe).transforms.low_rank and max(loss, wanted) < SMALL:
-            assert 0 < max(loss, wanted) <= 2 * min(loss, wanted), message  # float8 bases of branches decide
+            only_residue = max(loss, wanted) < RESIDUE * expected.losses[block, "rtn"]
+            assert 0 < max(loss, wanted) <= (4 if only_residue else 2) * min(loss, wanted), message
         else:
             assert abs(loss / wanted - 1) <= tolerance, message
     with emulator.paused():
