@@ -51,14 +51,15 @@ def peers_table(model: str) -> str:
         ranking = sorted(shared, key=lambda name: mean_error(shared[name]))
         commands |= {record["command"] for record in chosen.values() if "width" in record}
         lines.append(table_row(f"**W{width[1]}A{width[3:]}**", [""] * 6))
-        lines += [_row(name, shared[name], shared[ranking[0]]) for name in ranking]
+        lines += [_row(model, name, shared[name], shared[ranking[0]]) for name in ranking]
         videos = shared[ranking[0]]["videos"]
         samples.add((len({video["prompt"] for video in videos}), len({video["seed"] for video in videos})))
     if not samples:
         return f"Not measured yet: `python benchmarks/peers.py -m {model}`."
     sample = ", ".join(f"{prompts} prompts × {seeds} seed{'s' * (seeds > 1)}" for prompts, seeds in sorted(samples))
     made_by = " and ".join(f"`{command}`" for command in sorted(commands))
-    return "\n".join([*lines, "", f"{sample}, float32, block linears. Made by {made_by}."])
+    note = f"{sample}, float32, block linears. `s2q-export-*` as checkpoints of s2q, which store the rotations."
+    return "\n".join([*lines, "", f"{note} Made by {made_by}."])
 
 
 def tools_table(weights: str) -> str:
@@ -82,17 +83,20 @@ def tools_table(weights: str) -> str:
             format(100 * mean_error(records[name]), "#.3g").rstrip(".") if name in records else "not measured"
             for records in by_model.values()
         ]
-        tool = record.get("does", "s2q")
-        label, ratio = record["model"], record["storage"]["ratio"]
-        if "width" not in record:  # whose checkpoints may have been of an earlier format
-            label, ratio = f"`{name}`", plan(TOOL_MODELS[0], recipe=name).storage["ratio"]
-        lines.append(table_row(label, [tool, f"{ratio:.2f}×", *cells]))
+        tool, label = record.get("does", "s2q"), record["model"] if "width" in record else f"`{name}`"
+        lines.append(table_row(label, [tool, _times_smaller(TOOL_MODELS[0], name, record), *cells]))
     videos = next(iter(first.values()))["videos"]
     prompts, seeds = (len({video[key] for video in videos}) for key in ("prompt", "seed"))
     return "\n".join([*lines, "", f"{prompts} prompts × {seeds} seeds, storage on `{TOOL_MODELS[0]}`."])
 
 
-def _row(name: str, record: dict[str, Any], best: dict[str, Any]) -> str:
+def _times_smaller(model: str, name: str, record: dict[str, Any]) -> str:
+    """Storage of what a peer wrote, or of what a recipe writes today, whatever the format when it was measured."""
+    storage = record["storage"] if "width" in record else plan(model, recipe=name).storage
+    return f"{storage['ratio']:.2f}×"
+
+
+def _row(model: str, name: str, record: dict[str, Any], best: dict[str, Any]) -> str:
     metrics = ("velocity_relative_error", "psnr_frame_mean_db")
     error, psnr = (mean_by_prompt(record["videos"], metric) or {} for metric in metrics)
     times = ""
@@ -105,7 +109,7 @@ def _row(name: str, record: dict[str, Any], best: dict[str, Any]) -> str:
         f"{record['model']}" if is_peer else f"`{name}`",
         [
             record["does"] if is_peer else "s2q",
-            f"{record['storage']['ratio']:.2f}×",
+            _times_smaller(model, name, record),
             f"{record['quantize_seconds']:.3g} s",
             interval(error, "#.3g", scale=100.0),
             times,

@@ -57,6 +57,33 @@ class Block(nn.Module):
         return x + self.ff(x)
 
 
+class SingleStream(nn.Module):
+    """Attention and feed-forward of one input, joined by one linear, as in Flux and HunyuanVideo."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = Attention(width)
+        self.proj_mlp, self.act_mlp = self.student(width, 4 * width), nn.GELU()
+        self.proj_out = self.student(5 * width, width)
+
+    @staticmethod
+    def student(features, outputs):
+        source = student_input(features)
+        return StudentLinear(nn.Linear(features, outputs), learns_clip=True, scheme=SCHEME, source=source)
+
+    def forward(self, x):
+        inner = self.act_mlp(self.proj_mlp(x))
+        return x + self.proj_out(torch.cat([self.attn(x), inner], dim=2))
+
+
+def learnable(block):
+    """The block; its transforms and clips require gradients."""
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_("weight" not in name and "bias" not in name)
+    return block
+
+
 def gradients(block, x):
     """Of every learnable parameter, and how many values the graph keeps."""
     block.zero_grad(set_to_none=True)
@@ -75,10 +102,7 @@ def gradients(block, x):
 
 @pytest.fixture
 def block():
-    one = Block()
-    for name, parameter in one.named_parameters():
-        parameter.requires_grad_("weight" not in name and "bias" not in name)
-    return one
+    return learnable(Block())
 
 
 def test_the_gradient_is_the_same_and_less_is_kept(block):
@@ -106,8 +130,48 @@ def test_a_feed_forward_goes_through_a_long_sequence_in_pieces(block):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_student_is_as_it_was_after_an_error(block):
+def test_the_input_of_an_attention_is_transformed_in_pieces(block):
+    x, lengths = torch.randn(1, 50, 16), []
+    plain, _ = gradients(block, x)
+    source = block.attn.to_q.source
+    source.transform.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+    with checkpoint_parts(block, piece=16):
+        pieces, _ = gradients(block, x)
+    assert lengths[:4] == [16, 16, 16, 2]
+    for one, other in zip(plain, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_of_an_input_keep_the_coefficients_of_a_branch():
+    source = StudentInput(ACTIVATION, low_rank_basis=torch.linalg.qr(torch.randn(16, 2))[0])
+    x = torch.randn(1, 50, 16)
+    whole = source(x)
+    source.piece = 16
+    pieces = source(x)
+    assert torch.equal(pieces.quantized, whole.quantized)
+    torch.testing.assert_close(pieces.coefficients, whole.coefficients)
+
+
+def test_what_the_activation_of_a_single_stream_needs_is_not_kept(monkeypatch):
+    block = learnable(SingleStream())
+    x = torch.randn(1, 50, 16)
+    plain, _ = gradients(block, x)
+    with checkpoint_parts(block, piece=16):
+        again, kept = gradients(block, x)
+    monkeypatch.setattr("s2q.blocks.distil._ACTIVATIONS", {})
+    with checkpoint_parts(block, piece=16):
+        _, kept_with_it = gradients(block, x)
+    assert kept_with_it - kept >= 50 * 64  # the output of proj_mlp
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(block(x), learnable(SingleStream())(x))
+
+
+@pytest.mark.parametrize("kind", [Block, SingleStream])
+def test_the_student_is_as_it_was_after_an_error(kind):
+    block = learnable(kind())
     with pytest.raises(RuntimeError, match="stop"), checkpoint_parts(block):
         raise RuntimeError("stop")
-    assert "forward" not in block.attn.__dict__
+    assert not any("forward" in one.__dict__ for one in block.modules())
     assert not any(getattr(one, "recomputes", False) for one in block.modules())
+    assert {one.piece for one in block.modules() if isinstance(one, StudentInput)} == {None}

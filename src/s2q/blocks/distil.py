@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from s2q.calibration.samples import BlockSample, BlockSamples
 from s2q.common.errors import S2QError
 from s2q.common.progress import Tick
-from s2q.core.memo import PIECE, checkpointed, memoization
+from s2q.core.memo import PIECE, checkpointed, in_pieces, memoization
 from s2q.core.tokens import token_grid
 from s2q.distillation.loss import weighted_token_loss
 from s2q.distillation.options import Distillation, Refinement, is_evaluated
@@ -37,6 +37,10 @@ from s2q.rounding import roundings_of, soft_rounding
 logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
+_ACTIVATIONS = {"proj_mlp": "act_mlp"}
+"""Linears of single-stream blocks in diffusers, and the module that is applied to what they return."""
+_NORMS = ("LayerNorm", "RMSNorm")
+"""How the classes of norms over the channels of a token end; some compute in fp32."""
 _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
 
 
@@ -165,35 +169,61 @@ def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = 
     if not enabled:
         yield
         return
+    linears = [inner for inner in student.modules() if isinstance(inner, StudentLinear | RefinedLinear)]
+    inputs = [inner for inner in student.modules() if isinstance(inner, StudentInput)]
+    replaced = _recomputing(student, piece)
+    try:
+        for linear in linears:
+            linear.recomputes = True
+        for source in inputs:
+            source.piece = piece
+        for module, forward in replaced.items():
+            module.forward = forward
+        yield
+    finally:
+        for linear in linears:
+            linear.recomputes = False
+        for source in inputs:
+            source.piece = None
+        for module in replaced:
+            module.__dict__.pop("forward", None)
+
+
+def _recomputing(student: nn.Module, piece: int) -> dict[nn.Module, Callable[..., Any]]:
+    """What parts of a student, and norms inside of attentions, compute instead within `checkpoint_parts`."""
     from diffusers.models.attention import FeedForward
 
     linears = StudentLinear | RefinedLinear
-    parts = [
-        child
-        for child in student.children()
-        if isinstance(child, FeedForward) or any(isinstance(inner, linears) for inner in child.modules())
-    ]
-    layers = [inner for inner in student.modules() if isinstance(inner, linears | StudentInput)]
-    try:
-        for layer in layers:
-            layer.recomputes = True
-        for part in parts:
-            pointwise = isinstance(part, linears | FeedForward)
-            pointwise = pointwise and not any(getattr(inner, "needs_grid", False) for inner in part.modules())
-            recomputed = functools.partial(_in_pieces, piece=piece) if pointwise else checkpointed
-            part.forward = functools.partial(recomputed, part.forward)
-        yield
-    finally:
-        for layer in layers:
-            layer.recomputes = False
-        for part in parts:
-            del part.forward
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for name, part in student.named_children():
+        inside = list(part.modules())
+        if not isinstance(part, FeedForward) and not any(isinstance(inner, linears) for inner in inside):
+            continue
+        pointwise = isinstance(part, linears | FeedForward)
+        if not pointwise or any(getattr(inner, "needs_grid", False) for inner in inside):
+            forwards[part] = functools.partial(checkpointed, part.forward)
+            norms = [inner for inner in inside if type(inner).__name__.endswith(_NORMS)]
+            forwards |= {norm: functools.partial(_in_pieces, norm.forward, piece=piece) for norm in norms}
+            continue
+        forward, activation = part.forward, getattr(student, _ACTIVATIONS.get(name, ""), None)
+        if activation is not None:
+            forward = functools.partial(_one_after_the_other, forward, activation.forward)
+            forwards[activation] = _unchanged
+        forwards[part] = functools.partial(_in_pieces, forward, piece=piece)
+    return forwards
+
+
+def _one_after_the_other(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return second(first(x))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _in_pieces(forward: Callable[..., Tensor], x: Tensor, *, piece: int) -> Tensor:
-    """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
-    pieces = x.split(piece, dim=1) if x.ndim == 3 else [x]
-    outputs = [checkpointed(forward, piece) for piece in pieces]
+    """Apply a part to pieces of a sequence, [B, N, ...]; each is computed again in the backward pass by itself."""
+    outputs = in_pieces(forward, x, piece=piece)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

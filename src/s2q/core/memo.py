@@ -92,6 +92,14 @@ def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True, 
     return result
 
 
+def in_pieces(function: Callable[[Tensor], _T], x: Tensor, *, piece: int) -> list[_T]:
+    """Call a function of tokens, each by itself, for pieces of a sequence [B, N, ...]; a row [B, d] is one piece.
+
+    What it computes on the way is computed again in the backward pass, for one piece at a time.
+    """
+    return [checkpointed(function, part) for part in (torch.split(x, piece, dim=1) if x.ndim > 2 else [x])]
+
+
 @contextmanager
 def _holding(kept: _Kept | None) -> Iterator[None]:
     token = _held.set(kept)

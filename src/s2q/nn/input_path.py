@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.input_path import PREFIX, InputPart, InputTensors, with_tensors
-from s2q.core.memo import checkpointed, memoize_for
+from s2q.core.memo import checkpointed, in_pieces, memoize_for
 from s2q.core.schemes import QuantScheme
 from s2q.core.stored_form import stored_values
 from s2q.nn.branch import scaled_by_frame
@@ -101,7 +101,7 @@ class StudentInput(nn.Module):
         low_rank_from: Out of what the branch is taken: "input", "weight" or "both".
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None only transforms it (weight-only).
-        recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
+        piece: Tokens whose way to the quantized input the backward pass computes again at a time; None keeps it.
         needs_grid: Whether the scheme depends on where the video tokens of the call at hand are (`core.tokens`).
         steps: Parts with `InputPart.apply`.
         tensors: Those of their tensors that belong to the input, by stored name.
@@ -134,7 +134,7 @@ class StudentInput(nn.Module):
         self.transform = transform
         self.low_rank_from = low_rank_from
         self.clip = clip
-        self.recomputes = False
+        self.piece: int | None = None
         self.needs_grid = scheme is not None and scheme.delta is not None
 
     @property
@@ -149,7 +149,18 @@ class StudentInput(nn.Module):
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize x [..., I]; the linears of one call share the result within `memoization`."""
-        return memoize_for(self, x, lambda: checkpointed(self._split, x, enabled=self.recomputes))
+        return memoize_for(self, x, lambda: self._split(x) if self.piece is None else self._recomputed(x, self.piece))
+
+    def _recomputed(self, x: Tensor, piece: int) -> SplitInput:
+        """`_split`, computed again in the backward pass."""
+        if self.needs_grid:
+            return checkpointed(self._split, x)
+        pieces = in_pieces(self._split, x, piece=piece)
+        if len(pieces) == 1:
+            return pieces[0]
+        quantized, coefficients = zip(*pieces, strict=True)
+        joined = None if coefficients[0] is None else torch.cat(coefficients, dim=1)
+        return SplitInput(torch.cat(quantized, dim=1), joined)
 
     def _split(self, x: Tensor) -> SplitInput:
         centred = x if self.shift is None else x - self.shift

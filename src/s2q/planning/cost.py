@@ -13,7 +13,6 @@ Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; 
 of calibration, in functions below `BlockShape` in the model's dtype.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
@@ -50,19 +49,26 @@ _KEYS = {"to_q": "to_k", "to_query": "to_key"}
 
 @dataclass(frozen=True)
 class _StepBytes(Figures):
-    """Bytes that a step of distillation holds of a weight, a value, a value of a piece, and a value of a stream."""
+    """Bytes that a step of distillation holds of a weight and of a value.
+
+    A checkpointed one holds those of a value of a piece, of what is not cut since it needs the positions of tokens
+    (whole), or of a value of a stream in attention.
+    """
 
     weight: float = 0.0
     value: float = 0.0
     piece: float = 0.0
+    whole: float = 0.0
     channel: float = 0.0
 
 
 _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
-    "quantization": {4: _StepBytes(4.8, 11.8, 38, 45), 2: _StepBytes(8.3, 12.9, 37, 35)},
-    "transform": {4: _StepBytes(7.7, 4.8, 7, 36), 2: _StepBytes(9, 3.1, 8, 25)},
-    "low rank": {4: _StepBytes(4, 3.9, 7, 6), 2: _StepBytes(5.2, 2.5, 10, 4)},
+    "quantization": {4: _StepBytes(4.8, 11.8, 36, 23, 38), 2: _StepBytes(8.3, 12.9, 28, 16, 17)},
+    "transform": {4: _StepBytes(7.7, 4.8, 6), 2: _StepBytes(9, 3.1, 9)},
+    "low rank": {4: _StepBytes(4, 3.9, 4, 0, 2), 2: _StepBytes(5.2, 2.5, 10, 0, 3)},
 }
+_KEPT = 16
+"""Of a checkpointed step, for each value of a stream: what lies between its parts."""
 _LEARNED_WEIGHT = 18
 """In place of the factor of a weight where its rounding is learned, which fixes the transform."""
 _LEARNED_STATE = 17
@@ -240,6 +246,7 @@ class BlockShape:
         ranks: Rank of the low-rank branch of each group's input; 0 without.
         attention: Rows of queries and of keys, and channels of all heads, of each attention.
         modulated: Whether modulation linears are quantized.
+        joint: Values of the widest input of a linear beside attention and feed-forward, beyond those of the streams.
     """
 
     parameters: int
@@ -251,6 +258,7 @@ class BlockShape:
     ranks: tuple[int, ...] = ()
     attention: tuple[tuple[int, int, int], ...] = ()
     modulated: bool = False
+    joint: int = 0
 
     def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights."""
@@ -260,15 +268,16 @@ class BlockShape:
         factors, all_weights = _step_bytes(recipe, itemsize), sum(self.weights)
         state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
         if checkpointed:
-            limit = sys.maxsize if recipe.needs_grid else PIECE  # what needs the positions of tokens is not cut
-            piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
+            whole = max((features * rows for features, rows in self.outputs), default=0)
+            piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             at_hand = max(
                 (factors.weight + _MORE_AT_HAND) * max(self.weights, default=0),
-                factors.piece * piece,
-                factors.channel * channels * rows,
+                factors.piece * (whole if recipe.input_needs_grid else piece),
+                factors.whole * whole if recipe.needs_grid else 0,
+                factors.channel * channels * rows + itemsize * self.joint,
             )
-            return int(state + _WEIGHT * all_weights + at_hand)
+            return int(state + _WEIGHT * all_weights + _KEPT * channels * rows + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
         weights = factors.weight * all_weights + _AT_HAND * max(self.weights, default=0)
         return int(state + weights + factors.value * values)
@@ -420,6 +429,7 @@ def _block_shape(
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
     channels = next((linear.in_features for linear in linears if not (linear.sees_text or linear.sees_audio)), 0)
     total = sum(_stream_tokens(workload, family)[name] for name in streams)
+    own = [linear for linear in linears if "." not in linear.inner_name]
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         weights=tuple(linear.in_features * linear.out_features for linear in linears),
@@ -430,6 +440,7 @@ def _block_shape(
         ranks=tuple(path.low_rank or 0 for path in paths),
         attention=_attention(block, family, workload),
         modulated=modulated,
+        joint=max((0, *(one.in_features * rows(one) - channels * total for one in own))),
     )
 
 

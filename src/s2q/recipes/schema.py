@@ -258,8 +258,12 @@ class Recipe(BaseModel):
     @property
     def needs_grid(self) -> bool:
         """Whether the run needs the positions of the video tokens."""
-        delta = self.activations is not None and self.activations.delta is not None
-        return delta or self.transforms.estimator or self.loss.temporal > 0
+        return self.input_needs_grid or self.transforms.estimator or self.loss.temporal > 0
+
+    @property
+    def input_needs_grid(self) -> bool:
+        """Whether inputs are quantized by the positions of the video tokens."""
+        return self.activations is not None and self.activations.delta is not None
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
