@@ -40,7 +40,7 @@ _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _ACTIVATIONS = {"proj_mlp": "act_mlp"}
 """Linears of single-stream blocks in diffusers, and the module that is applied to what they return."""
 _NORMS = ("LayerNorm", "RMSNorm")
-"""How the classes of norms over the channels of a token end; some compute in fp32."""
+"""Ends of the class names of norms over the channels of a token; some compute in fp32."""
 _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
 
 
@@ -190,7 +190,7 @@ def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = 
 
 
 def _recomputing(student: nn.Module, piece: int) -> dict[nn.Module, Callable[..., Any]]:
-    """What parts of a student, and norms inside of attentions, compute instead within `checkpoint_parts`."""
+    """Return what parts of a student, and norms in its attentions, compute instead within `checkpoint_parts`."""
     from diffusers.models.attention import FeedForward
 
     linears = StudentLinear | RefinedLinear
