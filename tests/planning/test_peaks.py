@@ -87,11 +87,11 @@ def test_what_does_not_fit_names_the_tokens_that_do():
     needs = {"recipe": "q-vdit-w4a6", "device": "4090"}
     planned = plan("synthetic:hunyuanvideo", **needs)
     with pytest.raises(
-        ResourceError, match=r"stage blocks needs about [23]\d\.\d GB on 4090.*max_tokens=93600, which fits; "
+        ResourceError, match=r"stage blocks needs about [23]\d\.\d GB on 4090.*max_tokens=82800, which fits; "
     ):
         check_memory(planned)
     (note,) = _fit_notes(planned.to_dict())
-    assert re.match(r"Does not fit: blocks needs .* set calibration.max_tokens=93600", note)
+    assert re.match(r"Does not fit: blocks needs .* set calibration.max_tokens=82800", note)
     tokens = planned.fitting_tokens
     for number, fits in ((tokens, True), (tokens + 3600, False)):
         smaller = plan("synthetic:hunyuanvideo", **needs, overrides=[f"calibration.max_tokens={number}"])
