@@ -4,6 +4,7 @@ import torch
 from quick import slow
 from s2q.common.errors import InvalidInputError
 from s2q.core.packing import pack_codes, unpack_codes
+from s2q.ops.level_values.reference import level_values as reference_values
 from s2q.ops.rescaled_int_matmul import BACKENDS, rescaled_int_matmul
 
 
@@ -152,3 +153,19 @@ def test_auto_takes_the_reference_on_a_cpu():
     x, w = draw_codes(8, (2, 8), 0), draw_codes(8, (3, 8), 1)
     found = rescaled_int_matmul(x, torch.ones(2, 1), w, torch.ones(3), out_dtype=torch.float64)
     assert found.dtype == torch.float64  # which Triton does not do
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "groups"), [(5, 96, 40, 6), (3, 32, 4100, 2), (4, 33, 9, 3), (6, 50, 21, None)]
+)
+def test_levels_are_looked_up_and_multiplied(backend, rows, depth, columns, groups):
+    x, w = draw_codes(8, (rows, depth), 0), draw_codes(4, (columns, depth), 1)
+    levels = draw_codes(7, (16 if groups is None else 64,), 2)
+    scale = None if groups is None else draw_codes(8, (columns, groups), 3)
+    packed = pack_codes(w, num_bits=4)
+    values = reference_values(levels, packed, scale, in_features=depth)
+    x_scale, w_scale = draw(rows, 1).abs(), draw(columns).abs()
+    found = rescaled_int_matmul(
+        x, x_scale, packed, w_scale, levels=levels, group_scale=scale, out_dtype=torch.float32, backend=backend
+    )
+    torch.testing.assert_close(found.double(), exact(x, x_scale, values, w_scale), rtol=1e-6, atol=1e-6)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import without_autocast
-from s2q.core.codebook import level_unit, levels_of
+from s2q.core.codebook import level_unit, levels_of, nibble_levels
 from s2q.core.cubes import QuantizedMeans, cube_means, cube_rows
 from s2q.core.input_path import InputPath
 from s2q.core.packing import pack_codes
@@ -191,9 +191,12 @@ class PackedLinear(StoredLinear):
         else:
             quantized = self.shared_input(input, lambda: self._quantized(input, activation))
         branch_input, branch_weight = float_branch(self, quantized.coefficients, quantized.project, input.shape[:-1])
+        w_codes, levels, group_scale = self._multiplied(twice=quantized.means is not None)
         multiply = functools.partial(
             rescaled_int_matmul,
-            w_codes=self.kept.prepacked(self) if keeps_prepacked(self) else self.product_codes(),
+            w_codes=w_codes,
+            levels=levels,
+            group_scale=group_scale,
             w_scale=self.weight_scale,
             w_bits=self.scheme.weight.product_bits,
             backend=integer_backend(self),
@@ -213,6 +216,15 @@ class PackedLinear(StoredLinear):
             x_bits=activation.product_bits,
             out_dtype=input.dtype,
         )
+
+    def _multiplied(self, *, twice: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Codes, levels and bytes of groups for `rescaled_int_matmul`; values, if it would look levels up twice."""
+        if keeps_prepacked(self):
+            return self.kept.prepacked(self), None, None
+        if twice or not self.scheme.weight.has_int8_levels:
+            return self.product_codes(), None, None
+        levels = nibble_levels(self.scheme.weight, self.in_features, device=self.packed_weight.device)
+        return self.packed_weight, levels, self.weight_group_scale
 
     def _quantized(self, input: Tensor, activation: QuantScheme) -> QuantizedInput:  # noqa: A002
         means = None if activation.delta is None else self._quantized_means(input, activation.delta)

@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 typedef uint16_t bf16;
 typedef float f32;
@@ -204,7 +207,8 @@ void s2q_unpack(const uint8_t *packed, int8_t *codes, int64_t rows, int64_t colu
 }
 
 /* The same bytes to the int8 levels of their nibbles, with a byte (table and scale) for each of `groups` of a row:
-   ops.level_values. GCC makes one instruction of the look-up of 16 nibbles. */
+   ops.level_values. The 16 values of every such byte are computed once. GCC makes one instruction of the look-up of 16
+   nibbles. */
 #if defined(__GNUC__) && !defined(__clang__)
 typedef int8_t v16 __attribute__((vector_size(16)));
 
@@ -228,14 +232,60 @@ static inline int64_t look_up_16(const uint8_t *packed, const int8_t *scaled, in
 }
 #endif
 
-static void values_row(const uint8_t *restrict packed, const int8_t *restrict levels, const int8_t *restrict scale,
+static void scale_levels(const int8_t *restrict levels, int8_t *restrict scaled) {
+    for (int byte = 0; byte < 256; byte++) {
+        const int8_t *table = levels + 16 * (byte & 3);
+        int16_t factor = (int16_t)((int8_t)byte >> 2);
+        for (int k = 0; k < 16; k++) scaled[16 * byte + k] = (int8_t)((int16_t)(table[k] * factor + 16) >> 5);
+    }
+}
+
+/* Groups of 16, as many as a vector has, from the first of a row on; return how many. Each pair of nibbles becomes two
+   bytes, in which a part of the vector looks up its own table. */
+#if defined(__AVX512BW__)
+static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, const uint8_t *scale, int64_t groups,
+                                   int8_t *values) {
+    const __m512i nibbles = _mm512_set1_epi16(0x0F0F);
+    int64_t g = 0;
+    for (; g + 4 <= groups; g += 4) {
+        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(packed + 8 * g)));
+        __m512i places = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), nibbles);
+        __m512i table = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(tables + 16 * scale[g])));
+        table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 1])), 1);
+        table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 2])), 2);
+        table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 3])), 3);
+        _mm512_storeu_si512(values + 16 * g, _mm512_shuffle_epi8(table, places));
+    }
+    return g;
+}
+#elif defined(__AVX2__)
+static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, const uint8_t *scale, int64_t groups,
+                                   int8_t *values) {
+    const __m256i nibbles = _mm256_set1_epi16(0x0F0F);
+    int64_t g = 0;
+    for (; g + 2 <= groups; g += 2) {
+        __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(packed + 8 * g)));
+        __m256i places = _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), nibbles);
+        __m256i table = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(tables + 16 * scale[g])));
+        table = _mm256_inserti128_si256(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 1])), 1);
+        _mm256_storeu_si256((__m256i *)(values + 16 * g), _mm256_shuffle_epi8(table, places));
+    }
+    return g;
+}
+#else
+static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, const uint8_t *scale, int64_t groups,
+                                   int8_t *values) {
+    return 0;
+}
+#endif
+
+static void values_row(const uint8_t *restrict packed, const int8_t *restrict tables, const uint8_t *restrict scale,
                        int64_t groups, int8_t *restrict values, int64_t columns) {
-    int64_t size = columns / groups;
-    for (int64_t g = 0; g < groups; g++, packed += size, values += 2 * size) {
-        int8_t scaled[16];
-        const int8_t *table = levels + 16 * (scale[g] & 3);
-        int16_t factor = (int16_t)(scale[g] >> 2);
-        for (int64_t k = 0; k < 16; k++) scaled[k] = (int8_t)((int16_t)(table[k] * factor + 16) >> 5);
+    int64_t size = columns / groups, g = size == 8 ? groups_of_16(packed, tables, scale, groups, values) : 0;
+    packed += g * size;
+    values += 2 * g * size;
+    for (; g < groups; g++, packed += size, values += 2 * size) {
+        const int8_t *scaled = tables + 16 * scale[g];
         for (int64_t j = look_up_16(packed, scaled, values, size); j < size; j++) {
             values[2 * j] = scaled[packed[j] & 15];
             values[2 * j + 1] = scaled[packed[j] >> 4];
@@ -243,11 +293,13 @@ static void values_row(const uint8_t *restrict packed, const int8_t *restrict le
     }
 }
 
-void s2q_values(const uint8_t *packed, const int8_t *levels, const int8_t *scale, int64_t groups, int8_t *values,
+void s2q_values(const uint8_t *packed, const int8_t *levels, const uint8_t *scale, int64_t groups, int8_t *values,
                 int64_t rows, int64_t columns) {
+    int8_t tables[256 * 16];
+    scale_levels(levels, tables);
     PARALLEL
     for (int64_t i = 0; i < rows; i++)
-        values_row(packed + i * columns, levels, scale + i * groups, groups, values + 2 * i * columns, columns);
+        values_row(packed + i * columns, tables, scale + i * groups, groups, values + 2 * i * columns, columns);
 }
 
 /* Tokens y [M, I] to the nearest of `count` levels over their scales, which are given: ops.token_levels. */
@@ -283,7 +335,6 @@ NEAREST(f32)
 /* Rows x [M, n1 n2] times diag(scale) (left ⊗ right), and its gradients: ops.kronecker. Rows stay in the first caches.
    Sums of a row are in order with one rounding a term, as those of MKL are; orders are at most ORDER. */
 #ifdef __AVX512F__
-#include <immintrin.h>
 #define ORDER 64
 #define BLOCK 16384 /* values of the rows whose products are summed at a time, at least one row */
 #define INLINE static inline __attribute__((always_inline))

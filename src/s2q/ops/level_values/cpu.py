@@ -21,15 +21,21 @@ PIECE = 1 << 19
 _BYTES = 256
 
 
-def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int) -> Tensor:
-    """Look up the levels of packed codes; see `reference.level_values`, to which groups of an odd size are left."""
+def level_values(
+    levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int, out: Tensor | None = None
+) -> Tensor:
+    """Look up the levels of packed codes; see `reference.level_values`, to which groups of an odd size are left.
+
+    Args:
+        out: int8 [O, K], contiguous, which may be written and returned in place of a new tensor.
+    """
     rows, width = packed.shape
     whole_bytes = in_features == 2 * width and (group_scale is None or width % group_scale.shape[1] == 0)
     if not whole_bytes or not packed.numel():
         return reference.level_values(levels, packed, group_scale, in_features=in_features)
     fused = passes()
     if fused is not None and group_scale is not None:
-        values = torch.empty(rows, in_features, dtype=torch.int8, device="cpu")
+        values = torch.empty(rows, in_features, dtype=torch.int8, device="cpu") if out is None else out
         fused.values(packed.contiguous(), levels.contiguous(), group_scale.contiguous(), out=values)
         return values
     table = _byte_table(levels, scaled=group_scale is not None)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from s2q.ops.dispatch import choose_backend, opaque_op, triton_backend
+from s2q.ops.level_values import level_values
 from s2q.ops.rescaled_int_matmul import cpu, reference
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -35,6 +36,8 @@ def rescaled_int_matmul(
     low_rank_weight: Tensor | None = None,
     shared_output: Tensor | None = None,
     shared_rows: Tensor | None = None,
+    levels: Tensor | None = None,
+    group_scale: Tensor | None = None,
     *,
     x_bits: int = 8,
     w_bits: int = 8,
@@ -42,6 +45,9 @@ def rescaled_int_matmul(
     backend: str = "auto",
 ) -> Tensor:
     """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`.
+
+    With levels, int8 [16], or [64] with the bytes of groups, int8 [O, G], w_codes are uint8 [O, P] and their values are
+    multiplied (`ops.level_values`); w_bits is the width of the values.
 
     The backend is "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU. With a
     w_scale [O, G], "auto" and "cpu" run the reference, and "triton" refuses.
@@ -52,6 +58,12 @@ def rescaled_int_matmul(
     run = choose_backend(backend, x_codes, BACKENDS)
     if w_scale.ndim != 1 and backend in ("auto", "cpu"):
         run = reference.rescaled_int_matmul
+    more = {}
+    if levels is not None and run is cpu.rescaled_int_matmul:
+        more = {"levels": levels, "group_scale": group_scale}
+    elif levels is not None:
+        depth = x_codes.shape[1]
+        w_codes = level_values(levels, w_codes, group_scale, in_features=depth, backend=backend)
     return run(
         x_codes,
         x_scale,
@@ -65,4 +77,5 @@ def rescaled_int_matmul(
         x_bits=x_bits,
         w_bits=w_bits,
         out_dtype=out_dtype,
+        **more,
     )

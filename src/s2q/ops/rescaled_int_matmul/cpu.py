@@ -16,6 +16,7 @@ from torch import Tensor
 from s2q.core.packing import check_packed, unpack_codes
 from s2q.ops.fused import DTYPES, PANEL, RANKS, SMALLEST_BRANCH, Passes, passes, vector
 from s2q.ops.int_matmul import cpu, int_matmul
+from s2q.ops.level_values.cpu import level_values
 from s2q.ops.scratch import take
 
 ROWS, COLUMNS = 4096, PANEL
@@ -39,14 +40,16 @@ def rescaled_int_matmul(
     low_rank_weight: Tensor | None = None,
     shared_output: Tensor | None = None,
     shared_rows: Tensor | None = None,
+    levels: Tensor | None = None,
+    group_scale: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Multiply codes and rescale the sums, with w_scale [O]; see `reference.rescaled_int_matmul`.
 
-    Packed codes uint8 [O, P] are unpacked piece by piece, and nothing is kept. If `multiplies_pairs`, w may also be [K,
-    O] from `int_matmul.cpu.prepack`.
+    Packed codes uint8 [O, P] are unpacked, or looked up in levels, piece by piece, and nothing is kept. If
+    `multiplies_pairs`, w may also be [K, O] from `int_matmul.cpu.prepack`.
     """
     columns, rows = w_scale.shape[0], len(x_codes)
     out = torch.empty(rows, columns, dtype=out_dtype, device="cpu")
@@ -66,7 +69,10 @@ def rescaled_int_matmul(
     width, height = columns if w_codes.is_mkldnn else _even_size(columns, COLUMNS), _even_size(rows, ROWS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
-        w_piece = w_codes if w_codes.is_mkldnn else _prepared(w_codes[wide], x_codes, w_bits=w_bits, pairs=pairs)
+        looked_up = None if levels is None else (levels, None if group_scale is None else group_scale[wide])
+        w_piece = w_codes
+        if not w_codes.is_mkldnn:
+            w_piece = _prepared(w_codes[wide], x_codes.shape[1], levels=looked_up, w_bits=w_bits, pairs=pairs)
         joined = branch[wide].t().contiguous() if branch is not None and joins else None
         for start in range(0, rows, height):
             x_piece = x_codes[start : start + height]
@@ -133,10 +139,15 @@ def _even_size(total: int, most: int) -> int:
     return max(1, math.ceil(total / max(1, math.ceil(total / most))))
 
 
-def _prepared(w_codes: Tensor, x_codes: Tensor, *, w_bits: int, pairs: bool) -> Tensor:
-    """The codes of w as they are multiplied: unpacked, and prepacked for `multiply_pairs`."""
-    if w_codes.dtype == torch.uint8:
-        w_codes = _unpacked(w_codes, num_bits=w_bits, in_features=x_codes.shape[1])
+def _prepared(
+    w_codes: Tensor, in_features: int, *, levels: tuple[Tensor, Tensor | None] | None, w_bits: int, pairs: bool
+) -> Tensor:
+    """The codes of w as they are multiplied: unpacked or looked up, and prepacked for `multiply_pairs`."""
+    if levels is not None:
+        values = take("codes", (len(w_codes), in_features), torch.int8)
+        w_codes = level_values(levels[0], w_codes, levels[1], in_features=in_features, out=values)
+    elif w_codes.dtype == torch.uint8:
+        w_codes = _unpacked(w_codes, num_bits=w_bits, in_features=in_features)
     return cpu.prepack(w_codes) if pairs else w_codes
 
 
