@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from markdown_tables import interval, mean_by_prompt, table_head, table_row
-from methods import mean_error, with_shared_videos
+from methods import mean_error, times_smaller, with_shared_videos
 
 from s2q.evaluation.paired import paired_differences
-from s2q.planning import plan
 from s2q.recipes.methods import is_rival
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +50,7 @@ def peers_table(model: str) -> str:
         ranking = sorted(shared, key=lambda name: mean_error(shared[name]))
         commands |= {record["command"] for record in chosen.values() if "width" in record}
         lines.append(table_row(f"**W{width[1]}A{width[3:]}**", [""] * 6))
-        lines += [_row(model, name, shared[name], shared[ranking[0]]) for name in ranking]
+        lines += [_row(name, shared[name], shared[ranking[0]]) for name in ranking]
         videos = shared[ranking[0]]["videos"]
         samples.add((len({video["prompt"] for video in videos}), len({video["seed"] for video in videos})))
     if not samples:
@@ -84,19 +83,13 @@ def tools_table(weights: str) -> str:
             for records in by_model.values()
         ]
         tool, label = record.get("does", "s2q"), record["model"] if "width" in record else f"`{name}`"
-        lines.append(table_row(label, [tool, _times_smaller(TOOL_MODELS[0], name, record), *cells]))
+        lines.append(table_row(label, [tool, times_smaller(record), *cells]))
     videos = next(iter(first.values()))["videos"]
     prompts, seeds = (len({video[key] for video in videos}) for key in ("prompt", "seed"))
     return "\n".join([*lines, "", f"{prompts} prompts × {seeds} seeds, storage on `{TOOL_MODELS[0]}`."])
 
 
-def _times_smaller(model: str, name: str, record: dict[str, Any]) -> str:
-    """Storage of what a peer wrote, or of what a recipe writes today, whatever the format when it was measured."""
-    storage = record["storage"] if "width" in record else plan(model, recipe=name).storage
-    return f"{storage['ratio']:.2f}×"
-
-
-def _row(model: str, name: str, record: dict[str, Any], best: dict[str, Any]) -> str:
+def _row(name: str, record: dict[str, Any], best: dict[str, Any]) -> str:
     metrics = ("velocity_relative_error", "psnr_frame_mean_db")
     error, psnr = (mean_by_prompt(record["videos"], metric) or {} for metric in metrics)
     times = ""
@@ -109,7 +102,7 @@ def _row(model: str, name: str, record: dict[str, Any], best: dict[str, Any]) ->
         f"{record['model']}" if is_peer else f"`{name}`",
         [
             record["does"] if is_peer else "s2q",
-            _times_smaller(model, name, record),
+            times_smaller(record),
             f"{record['quantize_seconds']:.3g} s",
             interval(error, "#.3g", scale=100.0),
             times,

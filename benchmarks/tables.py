@@ -20,7 +20,7 @@ from figures import FIGURES, IMAGES
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
-from methods import field_table, measured_errors, methods_table, parts_added_table
+from methods import field_table, measured_errors, methods_table, parts_added_table, times_smaller
 from peer_tables import peers_table, tools_table
 from published import bytes_table, calls_table, commands_of, cost_table, python_of, sizes_table
 from quickstart import quickstart_table
@@ -91,7 +91,7 @@ def quality_table(model: str) -> str:
     for result in results:
         metrics = result["metrics"]
         cells = [
-            f"{result['storage']['ratio']:.2f}×",
+            times_smaller(result),
             interval(metrics["psnr_frame_mean_db"], ".1f"),
             interval(metrics["ssim"], ".3f"),
             interval(metrics["latent_relative_l2"], ".3f"),
