@@ -36,7 +36,7 @@ def records_of(model: str, width: str) -> dict[str, dict[str, Any]]:
 def peers_table(model: str) -> str:
     """Peers and recipes of each width, the least error first, with bytes and seconds; ratios are to the first."""
     lines = table_head("", ["made by", "storage", "quantized in", "velocity error, %", "ratio to best", "PSNR dB"])
-    samples, commands = set(), set()
+    samples, commands, chosen_names = set(), set(), set()
     for width in _WIDTHS:
         records = records_of(model, width)
         chosen = {
@@ -47,6 +47,7 @@ def peers_table(model: str) -> str:
         if not any("width" in record for record in chosen.values()):
             continue
         shared = with_shared_videos(chosen)
+        chosen_names |= shared.keys()
         ranking = sorted(shared, key=lambda name: mean_error(shared[name]))
         commands |= {record["command"] for record in chosen.values() if "width" in record}
         lines.append(table_row(f"**W{width[1]}A{width[3:]}**", [""] * 6))
@@ -57,7 +58,9 @@ def peers_table(model: str) -> str:
         return f"Not measured yet: `python benchmarks/peers.py -m {model}`."
     sample = ", ".join(f"{prompts} prompts × {seeds} seed{'s' * (seeds > 1)}" for prompts, seeds in sorted(samples))
     made_by = " and ".join(f"`{command}`" for command in sorted(commands))
-    note = f"{sample}, float32, block linears. `s2q-export-*` as checkpoints of s2q, which store the rotations."
+    note = f"{sample}, float32, block linears."
+    if any(name.startswith("s2q-export-") and not name.endswith("a16") for name in chosen_names):
+        note += " `s2q-export-*` as checkpoints of s2q, which store the rotations."
     return "\n".join([*lines, "", f"{note} Made by {made_by}."])
 
 

@@ -35,7 +35,18 @@ from s2q.planning.cost import Workload, block_shapes
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
 
-MODELS = ("cogvideox-2b", "cogvideox-5b", "hunyuanvideo", "ltx-2b", "wan-1.3b", "wan-14b")
+MODELS = (
+    "cogvideox-2b",
+    "cogvideox-5b",
+    "hunyuanvideo",
+    "kandinsky5-lite",
+    "ltx-2",
+    "ltx-2b",
+    "sana-video-2b",
+    "wan-1.3b",
+    "wan-14b",
+    "wan-vace-14b",
+)
 TOKENS = (256, 4096, 32_768, 131_072)
 RECIPES = ("s2q-w4a6", "s2q-plus-w4a6", "q-vdit-w4a6")
 RESULT = Path(__file__).parent / "results" / "step-memory.json"
@@ -185,7 +196,14 @@ def planned_bytes(case: Case) -> int:
     model = case.model
     transformer = model.meta_transformer(blocks=1)
     workload = Workload(
-        tokens=case.tokens, frames=model.frames, text_tokens=model.text_tokens, branches=1, rows=1, components=None
+        tokens=case.tokens,
+        frames=model.frames,
+        text_tokens=model.text_tokens,
+        audio_tokens=model.audio_tokens,
+        image_tokens=model.image_tokens,
+        branches=1,
+        rows=1,
+        components=None,
     )
     shapes = block_shapes({TRANSFORMERS[0]: transformer}, block_linears(transformer, model.family), workload)
     shape = shapes[model.block_lists.index(case.block_list)]

@@ -26,13 +26,27 @@ class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
         source = student_input(width)
+        self.norm_q = OwnRMSNorm(width)
         for name in ("to_q", "to_k", "to_v"):
             linear = nn.Linear(width, width)
             self.add_module(name, StudentLinear(linear, learns_clip=True, scheme=SCHEME, source=source))
 
     def forward(self, x):
-        heads = [layer(x)[:, None] for layer in (self.to_q, self.to_k, self.to_v)]
+        query, key, value = (layer(x) for layer in (self.to_q, self.to_k, self.to_v))
+        heads = (one[:, None] for one in (self.norm_q(query), key, value))
         return nn.functional.scaled_dot_product_attention(*heads)[:, 0]
+
+
+class OwnRMSNorm(nn.RMSNorm):
+    """A model's own, which tells how many tokens it sees at a time."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.lengths = []
+
+    def forward(self, x):
+        self.lengths.append(x.shape[1])
+        return super().forward(x)
 
 
 class OwnFeedForward(FeedForward):
@@ -135,11 +149,23 @@ def test_the_input_of_an_attention_is_transformed_in_pieces(block):
     plain, _ = gradients(block, x)
     source = block.attn.to_q.source
     source.transform.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+    block.attn.norm_q.lengths.clear()
     with checkpoint_parts(block, piece=16):
         pieces, _ = gradients(block, x)
     assert lengths[:4] == [16, 16, 16, 2]
+    assert set(block.attn.norm_q.lengths) == {16, 2}
     for one, other in zip(plain, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_forward_of_its_own_is_put_back(block):
+    def own(x):
+        return x
+
+    block.ff.forward = own
+    with checkpoint_parts(block):
+        assert block.ff.forward is not own
+    assert block.ff.forward is own
 
 
 def test_pieces_of_an_input_keep_the_coefficients_of_a_branch():
@@ -148,7 +174,7 @@ def test_pieces_of_an_input_keep_the_coefficients_of_a_branch():
     whole = source(x)
     source.piece = 16
     pieces = source(x)
-    assert torch.equal(pieces.quantized, whole.quantized)
+    torch.testing.assert_close(pieces.quantized, whole.quantized)
     torch.testing.assert_close(pieces.coefficients, whole.coefficients)
 
 

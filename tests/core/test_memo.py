@@ -126,3 +126,17 @@ def test_nothing_of_a_recomputed_call_is_kept_until_the_backward_pass() -> None:
         loss.backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, 4 * (4 * x.detach()).exp())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_recomputed_call_leaves_no_result_of_its_subject_behind(gradients: bool) -> None:
+    owner, results = object(), []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        result = memoize_for(owner, x, lambda: x * 2)
+        results.append(weakref.ref(result))
+        return result + 1
+
+    with torch.set_grad_enabled(gradients), memoization():
+        checkpointed(function, torch.ones(2, requires_grad=gradients))
+        assert results[0]() is None

@@ -51,3 +51,13 @@ def test_wrong_width_and_no_tokens():
         accumulator.add(draw(2, 5))
     with pytest.raises(InvalidInputError, match="no token"):
         accumulator.hessian()
+
+
+def test_more_tokens_than_are_copied_at_a_time(monkeypatch):
+    monkeypatch.setattr("s2q.rounding.hessian.PIECE", 7)
+    x = draw(2, 15, 8).bfloat16()
+    accumulator = HessianAccumulator(8)
+    accumulator.add(x)
+    rows = x.reshape(-1, 8).float()
+    assert accumulator.num_tokens == 30
+    torch.testing.assert_close(accumulator.hessian(), 2 * rows.t() @ rows)

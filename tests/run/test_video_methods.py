@@ -181,30 +181,22 @@ def test_the_gradient_of_a_checkpointed_block_is_the_same_where_tokens_have_plac
     """A part that asks where tokens lie is not cut into pieces."""
     from diffusers.models.attention import FeedForward
 
-    from s2q.blocks import distil as module
     from s2q.nn import StudentInput
 
     scheme = load_recipe("deltaquant-w4a4").linear_scheme()
     torch.manual_seed(0)
-    block = torch.nn.ModuleDict({"ff": FeedForward(8, mult=2)})
-    for place, name in ((block.ff.net[0], "proj"), (block.ff.net, "2")):
+    # a feed-forward, and a linear in a part that is no feed-forward, as those of an attention are
+    block = torch.nn.ModuleDict({"ff": FeedForward(8, mult=2), "attn": torch.nn.Sequential(torch.nn.Linear(8, 8))})
+    for place, name in ((block.ff.net[0], "proj"), (block.ff.net, "2"), (block.attn, "0")):
         linear = place.get_submodule(name)
         student = StudentLinear(linear, learns_clip=True, scheme=scheme, source=StudentInput(scheme.activation))
         setattr(place, name, student)
     x, found = torch.randn(1, 24, 8), []
-    piece, module.PIECE = module.PIECE, 7
-    try:
-        for recompute in (False, True):
-            block.zero_grad(set_to_none=True)
-            with memoization():
-                if recompute:
-                    with checkpoint_parts(block):
-                        block.ff(x).square().sum().backward()
-                else:
-                    block.ff(x).square().sum().backward()
-            found.append([parameter.grad for parameter in block.parameters()])
-    finally:
-        module.PIECE = piece
+    for recompute in (False, True):
+        block.zero_grad(set_to_none=True)
+        with memoization(), checkpoint_parts(block, piece=7, enabled=recompute):
+            block.attn(block.ff(x)).square().sum().backward()
+        found.append([parameter.grad for parameter in block.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 

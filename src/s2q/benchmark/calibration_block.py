@@ -9,9 +9,10 @@ the first block, whose targets, token weights and input statistics the recipe's 
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,7 +163,7 @@ def synthetic_subject(
         transformer=_BlockAlone(block),
         block_names=[_BlockAlone.BLOCK],
         linears=linears_of_block(block, f"{block_list.name}.0", model.family),
-        family=model.family,
+        family=replace(model.family, streams=model.family.streams_of(f"{block_list.name}.0")),
         calls=calls,
         tokens=TokenLayout(latents="tokens", patch=(1, 1, 1), text=grid.text),
         blocks=sum(blocks.count for blocks in model.block_lists),
@@ -170,16 +171,21 @@ def synthetic_subject(
 
 
 class _BlockAlone(nn.Module):
-    """A transformer that is one block: called with the arguments of the block, and with the sizes of the video."""
+    """A transformer that is one block: called with the arguments of the block, and with the sizes of the video.
+
+    A block that needs the sizes too gets them.
+    """
 
     BLOCK = "block"
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block, self.config = block, SimpleNamespace(patch_size=1)  # of the sizes that it is called with
+        self._takes = inspect.signature(block.forward).parameters
 
     def forward(self, *, num_frames: int, height: int, width: int, return_dict: bool, **inputs: Any) -> Any:
-        return self.block(**inputs)
+        sizes = {"frames": num_frames, "height": height, "width": width}
+        return self.block(**{name: size for name, size in sizes.items() if name in self._takes} | inputs)
 
 
 def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:

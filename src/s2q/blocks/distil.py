@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _ACTIVATIONS = {"proj_mlp": "act_mlp"}
 """Linears of single-stream blocks in diffusers, and the module that is applied to what they return."""
+_FEED_FORWARD = "FeedForward"
+"""End of the class names of feed-forwards, which treat each token by itself."""
 _NORMS = ("LayerNorm", "RMSNorm")
 """Ends of the class names of norms over the channels of a token; some compute in fp32."""
 _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
@@ -164,7 +166,7 @@ def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = 
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself do so for `piece` tokens at a time. Only the order of the gradient's sums changes.
+    that treat every token by itself do so for `piece` tokens at a time. Only the order of sums changes.
     """
     if not enabled:
         yield
@@ -172,6 +174,7 @@ def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = 
     linears = [inner for inner in student.modules() if isinstance(inner, StudentLinear | RefinedLinear)]
     inputs = [inner for inner in student.modules() if isinstance(inner, StudentInput)]
     replaced = _recomputing(student, piece)
+    before = {module: module.__dict__["forward"] for module in replaced if "forward" in module.__dict__}
     try:
         for linear in linears:
             linear.recomputes = True
@@ -187,21 +190,20 @@ def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = 
             source.piece = None
         for module in replaced:
             module.__dict__.pop("forward", None)
+        for module, forward in before.items():
+            module.forward = forward
 
 
 def _recomputing(student: nn.Module, piece: int) -> dict[nn.Module, Callable[..., Any]]:
-    """Return what parts of a student, and norms in its attentions, compute instead within `checkpoint_parts`."""
-    from diffusers.models.attention import FeedForward
-
+    """Return what parts of a student, and norms outside of feed-forwards, compute instead within `checkpoint_parts`."""
     linears = StudentLinear | RefinedLinear
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for name, part in student.named_children():
         inside = list(part.modules())
-        if not isinstance(part, FeedForward) and not any(isinstance(inner, linears) for inner in inside):
-            continue
-        pointwise = isinstance(part, linears | FeedForward)
+        pointwise = isinstance(part, linears) or type(part).__name__.endswith(_FEED_FORWARD)
         if not pointwise or any(getattr(inner, "needs_grid", False) for inner in inside):
-            forwards[part] = functools.partial(checkpointed, part.forward)
+            if any(isinstance(inner, linears) for inner in inside):
+                forwards[part] = functools.partial(checkpointed, part.forward)
             norms = [inner for inner in inside if type(inner).__name__.endswith(_NORMS)]
             forwards |= {norm: functools.partial(_in_pieces, norm.forward, piece=piece) for norm in norms}
             continue

@@ -16,7 +16,7 @@ from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import located
 from s2q.common.hooks import capture_inputs
 from s2q.common.torch_state import tf32_products
-from s2q.core.memo import memoization
+from s2q.core.memo import checkpointed, memoization, pieces_of
 from s2q.core.qparams import RoundedWeight
 from s2q.core.tokens import token_grid
 from s2q.nn import PackedLinear, StudentInput, StudentLinear, StudentRows
@@ -24,6 +24,8 @@ from s2q.planning.resolve import LinearPlan
 from s2q.rounding import HessianAccumulator, Rounding, round_rtn
 
 logger = logging.getLogger(__name__)
+
+_Source = Callable[[Tensor], Iterable[Tensor]]
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 """Packed linears and the reports of their rounding, both by name inside the block."""
@@ -55,7 +57,7 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
     hessians: dict[str, HessianAccumulator] = {}
     if work.task.recipe.rounding.needs_hessian:
         firsts = [group[0].inner_name for group in groups]
-        sources = {name: _quantized_by(student.get_submodule(name).source) for name in firsts}
+        sources = {name: _quantized_by(student.get_submodule(name).source, work.task.piece) for name in firsts}
         hessians = _hessians(work, _calls(samples), sources)
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
@@ -115,7 +117,7 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     hessians: dict[str, HessianAccumulator] = {}
     if linears:
         calls = (samples.cast(inputs) for inputs in samples.stream.timestep_inputs())
-        hessians = _hessians(work, calls, {linear.inner_name: lambda x: x for linear in linears})
+        hessians = _hessians(work, calls, {linear.inner_name: lambda x: [x] for linear in linears})
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for linear in linears:
@@ -145,15 +147,20 @@ def _round(
 
 
 def _hessians(
-    work: BlockWork, calls: Iterable[Mapping[str, Any]], sources: Mapping[str, Callable[[Tensor], Tensor]]
+    work: BlockWork, calls: Iterable[Mapping[str, Any]], sources: Mapping[str, _Source]
 ) -> dict[str, HessianAccumulator]:
-    """Hessians of the inputs of linears, by name, as their sources pass them on."""
+    """Hessians of the inputs of linears, by name, as their sources pass them on, in pieces."""
     hessians: dict[str, HessianAccumulator] = {}
 
-    def listen(name: str, source: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    def listen(name: str, source: _Source) -> Callable[[Tensor], None]:
         layer = work.teacher.get_submodule(name)
-        hessians[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
-        return lambda x: hessians[name].add(source(x))
+        hessian = hessians[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
+
+        def add(x: Tensor) -> None:
+            for piece in source(x):
+                hessian.add(piece)
+
+        return add
 
     captured = capture_inputs(work.teacher, {name: listen(name, source) for name, source in sources.items()})
     with tf32_products(work.task.device), memoization(), captured:
@@ -169,5 +176,11 @@ def _calls(samples: BlockSamples) -> Iterator[dict[str, Any]]:
             yield samples.inputs(index)
 
 
-def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
-    return lambda x: source(x).quantized
+def _quantized_by(source: StudentInput, piece: int) -> _Source:
+    """The inputs that a student quantizes, `piece` tokens at a time unless it needs to know where they are."""
+
+    def pieces(x: Tensor) -> Iterator[Tensor]:
+        for part in [x] if source.needs_grid else pieces_of(x, piece):
+            yield checkpointed(source, part).quantized  # which keeps nothing of the part
+
+    return pieces

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ARTEFACT_VERSION = 2
 SMALL_PIECE = 1024
-"""Tokens that parts without attention compute at a time after a block has run out of memory."""
+"""Tokens at a time, of what treats each token by itself, after a block has run out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class BlockResult:
 def quantize_block(task: BlockTask) -> BlockResult:
     """Quantize and pack the linears of one block; once more with less memory where that runs out.
 
-    The retry checkpoints gradients and computes feed-forward parts in pieces of `SMALL_PIECE` tokens.
+    The retry checkpoints gradients and computes what treats each token by itself in pieces of `SMALL_PIECE` tokens.
 
     Raises:
         ResourceError: If the memory does not suffice for the retry either.

@@ -29,7 +29,7 @@ class BlockTask:
         stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         dtype: That the block is calibrated in, as planned; None is that of the recipe on the device.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
-        piece: Tokens that parts without attention then compute at a time.
+        piece: Tokens at a time that what treats each token by itself then computes, and that are added to a Hessian.
         mean_row: Mean input of the modulation linears [in_features], which corrects their biases; None for none.
         progress: Called after each unit of calibration: an epoch, or what takes about as long.
     """

@@ -6,7 +6,7 @@ the inputs of a function alone until the backward pass, which then calls it agai
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 _Results = dict[tuple[int, Hashable], tuple[object, Any]]
 
 PIECE = 8192
-"""Tokens that a part without attention computes again at a time."""
+"""Tokens at a time, of what treats each token by itself: computed again in a backward pass, or added to a Hessian."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,16 @@ def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True, 
     """Call a function; if enabled, what it computes on the way is computed again in the backward pass instead of kept.
 
     It must have no side effects and no random numbers. Results of parameters alone (`memoize_step`) are kept: they are
-    shared with calls outside and do not change.
+    shared with calls outside and do not change. Those for a subject are not kept after the call, with gradients or
+    without.
     """
-    if not enabled or not torch.is_grad_enabled():
+    if not enabled:
         return function(*args, **kwargs)
     kept, call = _held.get(), carried_call()
     results = None if kept is None else kept.results
+    if not torch.is_grad_enabled():
+        with _holding(None if results is None else _Kept(results=results, called_again=True)):
+            return function(*args, **kwargs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return _called_again(results, call), _called_again(results, call)
@@ -97,7 +101,12 @@ def in_pieces(function: Callable[[Tensor], _T], x: Tensor, *, piece: int) -> lis
 
     What it computes on the way is computed again in the backward pass, for one piece at a time.
     """
-    return [checkpointed(function, part) for part in (torch.split(x, piece, dim=1) if x.ndim > 2 else [x])]
+    return [checkpointed(function, part) for part in pieces_of(x, piece)]
+
+
+def pieces_of(x: Tensor, piece: int) -> Sequence[Tensor]:
+    """Cut a sequence [B, N, ...] into pieces of so many tokens; a row [B, d] is one piece."""
+    return torch.split(x, piece, dim=1) if x.ndim > 2 else [x]
 
 
 @contextmanager

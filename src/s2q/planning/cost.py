@@ -69,6 +69,8 @@ _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
 }
 _KEPT = 16
 """Of a checkpointed step, for each value of a stream: what lies between its parts."""
+_CONVOLVED = 1.5
+"""Copies of what convolutions return, which are not computed again."""
 _LEARNED_WEIGHT = 18
 """In place of the factor of a weight where its rounding is learned, which fixes the transform."""
 _LEARNED_STATE = 17
@@ -247,6 +249,7 @@ class BlockShape:
         attention: Rows of queries and of keys, and channels of all heads, of each attention.
         modulated: Whether modulation linears are quantized.
         joint: Values of the widest input of a linear beside attention and feed-forward, beyond those of the streams.
+        convolved: Values that convolutions return.
     """
 
     parameters: int
@@ -259,6 +262,7 @@ class BlockShape:
     attention: tuple[tuple[int, int, int], ...] = ()
     modulated: bool = False
     joint: int = 0
+    convolved: int = 0
 
     def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights."""
@@ -275,9 +279,12 @@ class BlockShape:
                 (factors.weight + _MORE_AT_HAND) * max(self.weights, default=0),
                 factors.piece * (whole if recipe.input_needs_grid else piece),
                 factors.whole * whole if recipe.needs_grid else 0,
-                factors.channel * channels * rows + itemsize * self.joint,
+                factors.channel
+                * max((queries * width for queries, _, width in self.attention), default=channels * rows)
+                + itemsize * self.joint,
             )
-            return int(state + _WEIGHT * all_weights + _KEPT * channels * rows + at_hand)
+            kept = _KEPT * channels * rows + _CONVOLVED * itemsize * self.convolved
+            return int(state + _WEIGHT * all_weights + kept + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
         weights = factors.weight * all_weights + _AT_HAND * max(self.weights, default=0)
         return int(state + weights + factors.value * values)
@@ -440,6 +447,9 @@ def _block_shape(
         ranks=tuple(path.low_rank or 0 for path in paths),
         attention=_attention(block, family, workload),
         modulated=modulated,
+        convolved=sum(
+            one.out_channels * workload.tokens for one in block.modules() if isinstance(one, nn.Conv1d | nn.Conv2d)
+        ),
         joint=max((0, *(one.in_features * rows(one) - channels * total for one in own))),
     )
 

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import tf32_products
+from s2q.core.memo import PIECE
 
 
 class HessianAccumulator:
-    """Sums 2 XᵀX in fp32, of products in TF32 on a GPU, over batches of `num_tokens` in all; holds I² numbers."""
+    """Sums 2 XᵀX in fp32, of products in TF32 on a GPU, over batches of `num_tokens` in all; holds I² numbers.
+
+    `PIECE` tokens at a time are copied in fp32.
+    """
 
     def __init__(self, in_features: int, *, device: torch.device | str | None = None) -> None:
         self.num_tokens = 0
@@ -31,9 +35,11 @@ class HessianAccumulator:
         features = self._sum.shape[0]
         if x.shape[-1] != features:
             raise InvalidInputError(f"Hessian: got an input of shape {list(x.shape)}; expected [..., {features}]")
-        rows = x.reshape(-1, features).to(self._sum)
+        rows = x.reshape(-1, features)
         with tf32_products(self._sum.device):
-            self._sum.addmm_(rows.t(), rows, alpha=2.0)
+            for part in torch.split(rows, PIECE):
+                wide = part.to(self._sum)
+                self._sum.addmm_(wide.t(), wide, alpha=2.0)
         self.num_tokens += len(rows)
 
     def hessian(self) -> Tensor:
