@@ -155,12 +155,15 @@ def synthetic_subject(
     """Return a block of a published model and random samples of it."""
     grid = block_grid(model, tokens=tokens)
     sizes = {"num_frames": grid.frames, "height": grid.height, "width": grid.width}
-    calls = [
-        block_inputs(model, block_list, tokens=tokens, generator=generator, dtype=dtype, batch=1) | sizes
+    names = {name: model.family.block_argument(name) for name in ("hidden_states", "encoder_hidden_states")}
+    of_transformer = {of_block: name for name, of_block in names.items()}
+    drawn = [
+        block_inputs(model, block_list, tokens=tokens, generator=generator, dtype=dtype, batch=1)
         for _ in range(samples)
     ]
+    calls = [{of_transformer.get(name, name): value for name, value in inputs.items()} | sizes for inputs in drawn]
     return Subject(
-        transformer=_BlockAlone(block),
+        transformer=_BlockAlone(block, names),
         block_names=[_BlockAlone.BLOCK],
         linears=linears_of_block(block, f"{block_list.name}.0", model.family),
         family=replace(model.family, streams=model.family.streams_of(f"{block_list.name}.0")),
@@ -173,19 +176,21 @@ def synthetic_subject(
 class _BlockAlone(nn.Module):
     """A transformer that is one block: called with the arguments of the block, and with the sizes of the video.
 
-    A block that needs the sizes too gets them.
+    A block that needs the sizes too gets them. `names` are those of its arguments by those of a transformer's.
     """
 
     BLOCK = "block"
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()
+        self._names = names
         self.block, self.config = block, SimpleNamespace(patch_size=1)  # of the sizes that it is called with
         self._takes = inspect.signature(block.forward).parameters
 
     def forward(self, *, num_frames: int, height: int, width: int, return_dict: bool, **inputs: Any) -> Any:
         sizes = {"frames": num_frames, "height": height, "width": width}
-        return self.block(**{name: size for name, size in sizes.items() if name in self._takes} | inputs)
+        named = {self._names.get(name, name): value for name, value in inputs.items()}
+        return self.block(**{name: size for name, size in sizes.items() if name in self._takes} | named)
 
 
 def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:

@@ -3,16 +3,21 @@
 What a step of distillation holds is linear in the weights and in the values that go in and out of linears:
 
     plain           weight · Σ O·I + 10 max O·I + value · Σ rows · (I + O)    an input that linears share counts once
-    checkpointed    4 Σ O·I + max((weight + 22) max O·I, piece · max O · rows of a piece, channel · rows · d)
+    checkpointed    4 Σ O·I + 20 rows · d + the largest of
+                    (weight + 22) max Σ O·I    of linears that share an input
+                    piece · max O · rows of a piece
+                    whole · max O · rows       where linears need the positions of tokens
+                    channel · rows · d of an attention, and what joins it with a feed-forward
 
-The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the live memory of a step,
-traced on blocks without storage for the published sizes and up to 131,072 tokens (`benchmarks/step_memory.py`): what is
-planned is 0.8 to 1.35 of it, and at least 0.9 of what takes 20 GB or more.
+To both come convolutions. The five factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the
+live memory of a step, traced on blocks of ten published models without storage, up to 131,072 tokens
+(`benchmarks/step_memory.py`, docs/decisions.md).
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; `itemsize` bytes of a value in the dtype
 of calibration, in functions below `BlockShape` in the model's dtype.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
@@ -63,11 +68,11 @@ class _StepBytes(Figures):
 
 
 _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
-    "quantization": {4: _StepBytes(4.8, 11.8, 36, 23, 38), 2: _StepBytes(8.3, 12.9, 28, 16, 17)},
+    "quantization": {4: _StepBytes(4.8, 11.8, 38, 22.5, 34), 2: _StepBytes(8.3, 12.9, 28, 15.5, 14)},
     "transform": {4: _StepBytes(7.7, 4.8, 6), 2: _StepBytes(9, 3.1, 9)},
     "low rank": {4: _StepBytes(4, 3.9, 4, 0, 2), 2: _StepBytes(5.2, 2.5, 10, 0, 3)},
 }
-_KEPT = 16
+_KEPT = 20
 """Of a checkpointed step, for each value of a stream: what lies between its parts."""
 _CONVOLVED = 1.5
 """Copies of what convolutions return, which are not computed again."""
@@ -248,6 +253,7 @@ class BlockShape:
         ranks: Rank of the low-rank branch of each group's input; 0 without.
         attention: Rows of queries and of keys, and channels of all heads, of each attention.
         modulated: Whether modulation linears are quantized.
+        largest: Values of the largest weight of linears that share an input, which are one student.
         joint: Values of the widest input of a linear beside attention and feed-forward, beyond those of the streams.
         convolved: Values that convolutions return.
     """
@@ -261,6 +267,7 @@ class BlockShape:
     ranks: tuple[int, ...] = ()
     attention: tuple[tuple[int, int, int], ...] = ()
     modulated: bool = False
+    largest: int = 0
     joint: int = 0
     convolved: int = 0
 
@@ -271,23 +278,23 @@ class BlockShape:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
         factors, all_weights = _step_bytes(recipe, itemsize), sum(self.weights)
         state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
+        convolved = _CONVOLVED * itemsize * self.convolved
         if checkpointed:
             whole = max((features * rows for features, rows in self.outputs), default=0)
             piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             at_hand = max(
-                (factors.weight + _MORE_AT_HAND) * max(self.weights, default=0),
+                (factors.weight + _MORE_AT_HAND) * self.largest,
                 factors.piece * (whole if recipe.input_needs_grid else piece),
                 factors.whole * whole if recipe.needs_grid else 0,
                 factors.channel
                 * max((queries * width for queries, _, width in self.attention), default=channels * rows)
                 + itemsize * self.joint,
             )
-            kept = _KEPT * channels * rows + _CONVOLVED * itemsize * self.convolved
-            return int(state + _WEIGHT * all_weights + kept + at_hand)
+            return int(state + convolved + _WEIGHT * all_weights + _KEPT * channels * rows + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
         weights = factors.weight * all_weights + _AT_HAND * max(self.weights, default=0)
-        return int(state + weights + factors.value * values)
+        return int(state + convolved + weights + factors.value * values)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights."""
@@ -436,6 +443,9 @@ def _block_shape(
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
     channels = next((linear.in_features for linear in linears if not (linear.sees_text or linear.sees_audio)), 0)
     total = sum(_stream_tokens(workload, family)[name] for name in streams)
+    of_input: Counter[str] = Counter()
+    for linear in linears:
+        of_input[shared.get(linear.inner_name, linear.inner_name)] += linear.in_features * linear.out_features
     own = [linear for linear in linears if "." not in linear.inner_name]
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
@@ -447,6 +457,7 @@ def _block_shape(
         ranks=tuple(path.low_rank or 0 for path in paths),
         attention=_attention(block, family, workload),
         modulated=modulated,
+        largest=max(of_input.values(), default=0),
         convolved=sum(
             one.out_channels * workload.tokens for one in block.modules() if isinstance(one, nn.Conv1d | nn.Conv2d)
         ),
