@@ -10,7 +10,7 @@ from markdown_tables import table_head, table_row
 from s2q.benchmark.results import place_of
 
 RESULTS = Path(__file__).parent / "results"
-KINDS_RECIPES = ("s2q-w4a8", "s2q-w4a6", "s2q-w4a4")
+KINDS_RECIPES = ("s2q-w4a8", "s2q-w4a6", "s2q-w4a4", "s2q-plus-w4a8", "s2q-table-w4a8")
 
 
 def bench_results(device: str, op: str) -> tuple[dict, list[dict]]:
@@ -106,7 +106,8 @@ def step_against_table(device: str) -> str:
 
 def kinds_table(device: str) -> str:
     """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
-    lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
+    recipes = [f"`{name}`" for name in KINDS_RECIPES]
+    lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", *recipes])
     places = []
     for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
         content, linears = bench_results(kind, "linear")
