@@ -113,7 +113,8 @@ def _with_means(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def times_smaller(record: dict[str, Any]) -> str:
     """Storage that a recipe takes today, whatever the format when it was measured; a tool's is that of its files."""
-    ratio = record["storage"]["ratio"] if "width" in record else _planned_ratio(record["reference"], record["model"])
+    model = record["reference"].removesuffix("-outliers")  # of the same dimensions
+    ratio = record["storage"]["ratio"] if "width" in record else _planned_ratio(model, record["model"])
     return f"{ratio:.2f}×"
 
 
