@@ -262,6 +262,7 @@ def test_one_that_fails_on_the_way_is_reported_and_tried_again(tiny_model, tmp_p
     assert [entry["error"] for entry in result["entries"]] == [None] * 3
 
 
+@pytest.mark.slow
 def test_learned_judges_take_part(tiny_model, tmp_path):
     prompts = PROMPTS[:9]  # a shard and a part of one
     judges = {"lpips_weights": save_tiny_lpips(tmp_path / "lpips.pth"), "clip": save_tiny_clip(tmp_path / "clip")}

@@ -74,6 +74,7 @@ def test_a_worker_of_a_numbered_gpu_takes_the_one_that_ray_assigns(engine, monke
     assert ray_cluster.RayEngine("cuda:1", 2).devices == ["cuda", "cuda"]
 
 
+@pytest.mark.slow
 def test_a_node_without_packages_is_named_and_not_tried_again(engine, monkeypatch):
     monkeypatch.setattr(ray_cluster, "_Actor", process_tasks.BrokenActor)
     message = r"a worker of the Ray cluster failed \(ModuleNotFoundError: No module named 'diffusers'\); check that"
@@ -116,6 +117,7 @@ def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(engine, tmp_
     assert len(engine.retries[0].cause) < 300
 
 
+@pytest.mark.slow
 def test_the_error_of_a_task_is_that_of_the_run(cluster):
     with contextlib.closing(joined(cluster).open(1)) as engine:
         with pytest.raises(InvalidInputError, match=r"^the reference cannot$"):

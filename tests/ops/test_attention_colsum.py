@@ -173,6 +173,7 @@ def peak_above_inputs(tokens, *, chunk_size=None):
     return measured["bytes"]
 
 
+@pytest.mark.slow
 def test_a_full_length_video_stays_far_below_the_map():
     """N = 17,776 tokens of CogVideoX, 2 heads of 64: the map alone would be 2.5 GB."""
     assert peak_above_inputs(17_776) < 250e6
