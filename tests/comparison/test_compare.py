@@ -85,6 +85,7 @@ def test_shards_give_what_one_evaluation_gives(whole, tiny_model):
         assert ours["metrics"][name]["mean"] == pytest.approx(entry["mean"], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same(whole, tiny_model, tmp_path):
     class KilledError(BaseException):
         pass

@@ -122,6 +122,7 @@ def test_a_worker_that_dies_while_it_waits_is_replaced(forked, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch, caplog):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "dies_once.py").write_text(

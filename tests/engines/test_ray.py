@@ -131,6 +131,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_refused(cluster, tmp_path):
             list(engine.map(process_tasks.describe, "a"))
 
 
+@pytest.mark.slow
 def test_relative_paths_mean_the_same_in_workers(cluster, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
