@@ -8,7 +8,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -211,18 +211,19 @@ void s2q_unpack(const uint8_t *packed, int8_t *codes, int64_t rows, int64_t colu
    nibbles. */
 #if defined(__GNUC__) && !defined(__clang__)
 typedef int8_t v16 __attribute__((vector_size(16)));
+typedef uint8_t v8u __attribute__((vector_size(8)));
+typedef uint16_t v8w __attribute__((vector_size(16)));
 
 static inline int64_t look_up_16(const uint8_t *packed, const int8_t *scaled, int8_t *values, int64_t columns) {
-    const v16 pairs = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     v16 table;
     memcpy(&table, scaled, 16);
     int64_t j = 0;
     for (; j + 8 <= columns; j += 8) {
-        v16 bytes = {0};
+        v8u bytes;
         memcpy(&bytes, packed + j, 8);
-        v16 low = __builtin_shuffle(table, bytes & 15), high = __builtin_shuffle(table, (bytes >> 4) & 15);
-        low = __builtin_shuffle(low, high, pairs);
-        memcpy(values + 2 * j, &low, 16);
+        v8w wide = __builtin_convertvector(bytes, v8w);
+        v16 found = __builtin_shuffle(table, (v16)((wide | (wide << 4)) & 0x0F0F));
+        memcpy(values + 2 * j, &found, 16);
     }
     return j;
 }
@@ -240,29 +241,12 @@ static void scale_levels(const int8_t *restrict levels, int8_t *restrict scaled)
     }
 }
 
-/* Groups of 16, as many as a vector has, from the first of a row on; return how many. Each pair of nibbles becomes two
-   bytes, in which a part of the vector looks up its own table. */
-#if defined(__AVX512BW__)
+/* Two groups of 16 at a time, from the first of a row on; return how many. Each half of a vector has its own table. */
 static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, const uint8_t *scale, int64_t groups,
                                    int8_t *values) {
-    const __m512i nibbles = _mm512_set1_epi16(0x0F0F);
     int64_t g = 0;
-    for (; g + 4 <= groups; g += 4) {
-        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(packed + 8 * g)));
-        __m512i places = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), nibbles);
-        __m512i table = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(tables + 16 * scale[g])));
-        table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 1])), 1);
-        table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 2])), 2);
-        table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 3])), 3);
-        _mm512_storeu_si512(values + 16 * g, _mm512_shuffle_epi8(table, places));
-    }
-    return g;
-}
-#elif defined(__AVX2__)
-static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, const uint8_t *scale, int64_t groups,
-                                   int8_t *values) {
+#ifdef __AVX2__
     const __m256i nibbles = _mm256_set1_epi16(0x0F0F);
-    int64_t g = 0;
     for (; g + 2 <= groups; g += 2) {
         __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(packed + 8 * g)));
         __m256i places = _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), nibbles);
@@ -270,14 +254,9 @@ static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, 
         table = _mm256_inserti128_si256(table, _mm_loadu_si128((const __m128i *)(tables + 16 * scale[g + 1])), 1);
         _mm256_storeu_si256((__m256i *)(values + 16 * g), _mm256_shuffle_epi8(table, places));
     }
+#endif
     return g;
 }
-#else
-static inline int64_t groups_of_16(const uint8_t *packed, const int8_t *tables, const uint8_t *scale, int64_t groups,
-                                   int8_t *values) {
-    return 0;
-}
-#endif
 
 static void values_row(const uint8_t *restrict packed, const int8_t *restrict tables, const uint8_t *restrict scale,
                        int64_t groups, int8_t *restrict values, int64_t columns) {
