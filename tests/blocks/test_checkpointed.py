@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         query, key, value = (layer(x) for layer in (self.to_q, self.to_k, self.to_v))
-        heads = (one[:, None] for one in (self.norm_q(query), key, value))
+        heads = (tensor[:, None] for tensor in (self.norm_q(query), key, value))
         return nn.functional.scaled_dot_product_attention(*heads)[:, 0]
 
 
@@ -198,6 +198,6 @@ def test_the_student_is_as_it_was_after_an_error(kind):
     block = learnable(kind())
     with pytest.raises(RuntimeError, match="stop"), checkpoint_parts(block):
         raise RuntimeError("stop")
-    assert not any("forward" in one.__dict__ for one in block.modules())
-    assert not any(getattr(one, "recomputes", False) for one in block.modules())
-    assert {one.piece for one in block.modules() if isinstance(one, StudentInput)} == {None}
+    modules = list(block.modules())
+    assert not any("forward" in vars(module) or getattr(module, "recomputes", False) for module in modules)
+    assert all(module.piece is None for module in modules if isinstance(module, StudentInput))

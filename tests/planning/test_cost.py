@@ -45,6 +45,8 @@ def machine(memory, **changes):
         ("q-vdit-w4a6", "ltx-2b", 0),
         ("s2q-plus-w4a6", "hunyuanvideo", 1),
         ("q-vdit-w4a6", "wan-1.3b", 0),
+        ("s2q-w4a6", "kandinsky5-lite", 0),
+        ("s2q-w4a6", "sana-video-2b", 0),
     ],
 )
 def test_planned_memory_of_a_step_is_0_8_to_1_35_of_the_traced(recipe, name, index, recompute):

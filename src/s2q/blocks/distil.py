@@ -205,13 +205,13 @@ def _recomputing(student: nn.Module, piece: int) -> dict[nn.Module, Callable[...
             if any(isinstance(inner, linears) for inner in inside):
                 forwards[part] = functools.partial(checkpointed, part.forward)
             norms = [inner for inner in inside if type(inner).__name__.endswith(_NORMS)]
-            forwards |= {norm: functools.partial(_in_pieces, norm.forward, piece=piece) for norm in norms}
+            forwards |= {norm: functools.partial(_piece_by_piece, norm.forward, piece=piece) for norm in norms}
             continue
         forward, activation = part.forward, getattr(student, _ACTIVATIONS.get(name, ""), None)
         if activation is not None:
             forward = functools.partial(_one_after_the_other, forward, activation.forward)
             forwards[activation] = _unchanged
-        forwards[part] = functools.partial(_in_pieces, forward, piece=piece)
+        forwards[part] = functools.partial(_piece_by_piece, forward, piece=piece)
     return forwards
 
 
@@ -223,7 +223,7 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _in_pieces(forward: Callable[..., Tensor], x: Tensor, *, piece: int) -> Tensor:
+def _piece_by_piece(forward: Callable[..., Tensor], x: Tensor, *, piece: int) -> Tensor:
     """Apply a part to pieces of a sequence, [B, N, ...]; each is computed again in the backward pass by itself."""
     outputs = in_pieces(forward, x, piece=piece)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import without_autocast
-from s2q.core.codebook import level_unit, levels_of, nibble_levels
+from s2q.core.codebook import level_unit, levels_of
 from s2q.core.cubes import QuantizedMeans, cube_means, cube_rows
 from s2q.core.input_path import InputPath
 from s2q.core.packing import pack_codes
@@ -221,9 +221,9 @@ class PackedLinear(StoredLinear):
         """Codes, levels and bytes of groups for `rescaled_int_matmul`; values, if it would look levels up twice."""
         if keeps_prepacked(self):
             return self.kept.prepacked(self), None, None
-        if twice or not self.scheme.weight.has_int8_levels:
+        levels = None if twice else self.product_levels()
+        if levels is None:
             return self.product_codes(), None, None
-        levels = nibble_levels(self.scheme.weight, self.in_features, device=self.packed_weight.device)
         return self.packed_weight, levels, self.weight_group_scale
 
     def _quantized(self, input: Tensor, activation: QuantScheme) -> QuantizedInput:  # noqa: A002

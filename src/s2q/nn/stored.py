@@ -119,14 +119,19 @@ class StoredLinear(nn.Linear):
         codes = self._parameters["weight"]
         return getattr(codes, "plain", codes)  # type: ignore[return-value]
 
+    def product_levels(self) -> Tensor | None:
+        """Return the int8 levels that integers multiply, by nibble, as `level_values` takes them; None without."""
+        if not self.scheme.weight.has_int8_levels:
+            return None
+        return nibble_levels(self.scheme.weight, self.in_features, device=self.packed_weight.device)
+
     def product_codes(self) -> Tensor:
         """Return what is multiplied by integers, as `rescaled_int_matmul` takes it.
 
         Codes, uint8 [O, P] up to 4 bits, int8 [O, I] above; or the values of int8 levels, int8 [O, I].
         """
-        packed, scheme = self.packed_weight, self.scheme.weight
-        if scheme.has_int8_levels:
-            levels = nibble_levels(scheme, self.in_features, device=packed.device)
+        packed, levels = self.packed_weight, self.product_levels()
+        if levels is not None:
             backend = integer_backend(self)
             return level_values(levels, packed, self.weight_group_scale, in_features=self.in_features, backend=backend)
         return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)

@@ -253,7 +253,7 @@ class BlockShape:
         ranks: Rank of the low-rank branch of each group's input; 0 without.
         attention: Rows of queries and of keys, and channels of all heads, of each attention.
         modulated: Whether modulation linears are quantized.
-        largest: Values of the largest weight of linears that share an input, which are one student.
+        largest: Values of the largest weight; linears that share an input have one weight.
         joint: Values of the widest input of a linear beside attention and feed-forward, beyond those of the streams.
         convolved: Values that convolutions return.
     """
@@ -280,16 +280,14 @@ class BlockShape:
         state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
         convolved = _CONVOLVED * itemsize * self.convolved
         if checkpointed:
-            whole = max((features * rows for features, rows in self.outputs), default=0)
             piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
+            attended = max((queries * width for queries, _, width in self.attention), default=channels * rows)
             at_hand = max(
                 (factors.weight + _MORE_AT_HAND) * self.largest,
-                factors.piece * (whole if recipe.input_needs_grid else piece),
-                factors.whole * whole if recipe.needs_grid else 0,
-                factors.channel
-                * max((queries * width for queries, _, width in self.attention), default=channels * rows)
-                + itemsize * self.joint,
+                factors.piece * (widest if recipe.input_needs_grid else piece),
+                factors.whole * widest if recipe.needs_grid else 0,
+                factors.channel * attended + itemsize * self.joint,
             )
             return int(state + convolved + _WEIGHT * all_weights + _KEPT * channels * rows + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
@@ -446,7 +444,9 @@ def _block_shape(
     of_input: Counter[str] = Counter()
     for linear in linears:
         of_input[shared.get(linear.inner_name, linear.inner_name)] += linear.in_features * linear.out_features
-    own = [linear for linear in linears if "." not in linear.inner_name]
+    beside = [linear for linear in linears if "." not in linear.inner_name]  # of attention and feed-forward
+    wide_input = max((linear.in_features * rows(linear) for linear in beside), default=0)
+    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv1d | nn.Conv2d)]
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         weights=tuple(linear.in_features * linear.out_features for linear in linears),
@@ -458,10 +458,8 @@ def _block_shape(
         attention=_attention(block, family, workload),
         modulated=modulated,
         largest=max(of_input.values(), default=0),
-        convolved=sum(
-            one.out_channels * workload.tokens for one in block.modules() if isinstance(one, nn.Conv1d | nn.Conv2d)
-        ),
-        joint=max((0, *(one.in_features * rows(one) - channels * total for one in own))),
+        convolved=workload.tokens * sum(conv.out_channels for conv in convolutions),
+        joint=max(0, wide_input - channels * total),
     )
 
 
