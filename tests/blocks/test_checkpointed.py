@@ -1,4 +1,6 @@
-"""A checkpointed step: the same gradient, less kept."""
+"""A checkpointed step: the same gradient, less kept, also where cubes of tokens are quantized together."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,29 +9,33 @@ from torch import nn
 
 from s2q.blocks.distil import checkpoint_parts
 from s2q.core.memo import memoization
-from s2q.nn import LearnableClip, StudentInput, StudentLinear
+from s2q.core.schemes import Delta
+from s2q.core.tokens import TokenGrid, token_grid
+from s2q.nn import Estimator, LearnableClip, StudentInput, StudentLinear
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale
-from schemes import scheme
+from schemes import activations, scheme
 
 SCHEME = scheme(4, 6)
 ACTIVATION = SCHEME.activation
+DELTA = replace(SCHEME, activation=activations(4, delta=Delta(cube=(2, 2, 2), mean_bits=8)))
+GRID = TokenGrid(frames=5, height=2, width=3, text_tokens=4, text="after")
 
 
-def student_input(features):
+def student_input(features, quantized=SCHEME):
     transform = Compose(SmoothScale(torch.ones(features)), KroneckerTransform.build(features))
-    return StudentInput(ACTIVATION, transform=transform, clip=LearnableClip((1,)))
+    return StudentInput(quantized.activation, transform=transform, clip=LearnableClip((1,)))
 
 
 class Attention(nn.Module):
     """Three linears that share an input, mixed over tokens."""
 
-    def __init__(self, width):
+    def __init__(self, width, quantized=SCHEME):
         super().__init__()
-        source = student_input(width)
+        source = student_input(width, quantized)
         self.norm_q = OwnRMSNorm(width)
         for name in ("to_q", "to_k", "to_v"):
             linear = nn.Linear(width, width)
-            self.add_module(name, StudentLinear(linear, learns_clip=True, scheme=SCHEME, source=source))
+            self.add_module(name, StudentLinear(linear, learns_clip=True, scheme=quantized, source=source))
 
     def forward(self, x):
         query, key, value = (layer(x) for layer in (self.to_q, self.to_k, self.to_v))
@@ -56,14 +62,15 @@ class OwnFeedForward(FeedForward):
 class Block(nn.Module):
     """Attention and feed-forward with residuals."""
 
-    def __init__(self, width=16):
+    def __init__(self, width=16, quantized=SCHEME):
         super().__init__()
         torch.manual_seed(0)
-        self.attn = Attention(width)
+        self.attn = Attention(width, quantized)
         self.ff = OwnFeedForward(width, mult=2)
         for place, name in ((self.ff.net[0], "proj"), (self.ff.net, "2")):
             linear = place.get_submodule(name)
-            student = StudentLinear(linear, learns_clip=True, scheme=SCHEME, source=student_input(linear.in_features))
+            source = student_input(linear.in_features, quantized)
+            student = StudentLinear(linear, learns_clip=True, scheme=quantized, source=source)
             place.__setattr__(name, student) if name == "proj" else place.__setitem__(int(name), student)
 
     def forward(self, x):
@@ -74,17 +81,17 @@ class Block(nn.Module):
 class SingleStream(nn.Module):
     """Attention and feed-forward of one input, joined by one linear, as in Flux and HunyuanVideo."""
 
-    def __init__(self, width=16):
+    def __init__(self, width=16, quantized=SCHEME):
         super().__init__()
         torch.manual_seed(0)
-        self.attn = Attention(width)
-        self.proj_mlp, self.act_mlp = self.student(width, 4 * width), nn.GELU()
-        self.proj_out = self.student(5 * width, width)
+        self.attn = Attention(width, quantized)
+        self.proj_mlp, self.act_mlp = self.student(width, 4 * width, quantized), nn.GELU()
+        self.proj_out = self.student(5 * width, width, quantized)
 
     @staticmethod
-    def student(features, outputs):
-        source = student_input(features)
-        return StudentLinear(nn.Linear(features, outputs), learns_clip=True, scheme=SCHEME, source=source)
+    def student(features, outputs, quantized):
+        source = student_input(features, quantized)
+        return StudentLinear(nn.Linear(features, outputs), learns_clip=True, scheme=quantized, source=source)
 
     def forward(self, x):
         inner = self.act_mlp(self.proj_mlp(x))
@@ -191,6 +198,73 @@ def test_what_the_activation_of_a_single_stream_needs_is_not_kept(monkeypatch):
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(block(x), learnable(SingleStream())(x))
+
+
+def lengths_of(source):
+    """Record how many tokens an input has each time that it is transformed."""
+    lengths = []
+    source.transform.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+    return lengths
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", [Block, SingleStream])
+def test_pieces_have_whole_cubes_where_differences_from_their_means_are_quantized(kind, place):
+    block = learnable(kind(quantized=DELTA))
+    parts = [block.attn.to_q, *([block.ff.net[0].proj, block.ff.net[2]] if kind is Block else [block.proj_mlp])]
+    x = torch.randn(1, 34, 16)
+    with token_grid(replace(GRID, text=place)):
+        plain, kept = gradients(block, x)
+        lengths = [lengths_of(part.source) for part in parts]
+        with checkpoint_parts(block, piece=16):
+            pieces, kept_then = gradients(block, x)
+    video = [12, 12, 6]
+    expected = [4, *video] if place == "before" else [*video, 4]
+    assert [one[:4] for one in lengths] == [expected] * len(parts)
+    assert kept_then < 0.5 * kept
+    for one, other in zip(plain, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_in_one_piece_a_step_with_cubes_has_the_same_bits():
+    block, x = learnable(Block(quantized=DELTA)), torch.randn(1, 30, 16)
+    with token_grid(GRID):
+        plain, kept = gradients(block, x)
+        with checkpoint_parts(block):
+            again, kept_then = gradients(block, x)
+    assert kept_then < 0.5 * kept
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_a_piece_of_text_is_not_taken_for_the_video():
+    source, x = student_input(16, DELTA), torch.randn(1, 2 * GRID.tokens, 16)
+    with token_grid(GRID):
+        whole = source(x).quantized
+        source.piece = GRID.tokens
+        lengths = lengths_of(source)
+        pieces = source(x).quantized
+    assert lengths == [GRID.tokens] * 2
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_an_estimator_sees_all_frames_at_once():
+    """Its scales belong to the frames of the whole video; the inputs of its linear are in pieces."""
+    linear, source = nn.Linear(16, 16), student_input(16, DELTA)
+    estimator = Estimator(16, 16, frames=GRID.frames, seed=0)
+    with torch.no_grad():
+        estimator.frames.copy_(torch.linspace(0.5, 2, GRID.frames))
+        estimator.beta.fill_(1.0)
+    part = StudentLinear(linear, learns_clip=True, scheme=DELTA, source=source, estimator=estimator)
+    block = learnable(nn.Sequential(part))
+    x = torch.randn(1, 30, 16)
+    with token_grid(GRID):
+        plain, _ = gradients(block, x)
+        lengths = lengths_of(source)
+        with checkpoint_parts(block, piece=16):
+            pieces, _ = gradients(block, x)
+    assert set(lengths) == {12, 6}
+    for one, other in zip(plain, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Block, SingleStream])

@@ -10,8 +10,8 @@ from s2q.nn import StudentInput
 from s2q.recipes.load import load_recipe
 
 
-@pytest.mark.parametrize(("recipe", "lengths"), [("s2q-w4a6", [10, 10, 4]), ("deltaquant-w4a4", [24])])
-def test_inputs_are_quantized_in_pieces_unless_they_depend_on_places(recipe, lengths):
+@pytest.mark.parametrize(("recipe", "lengths"), [("s2q-w4a6", [10, 10, 4]), ("deltaquant-w4a4", [16, 8])])
+def test_inputs_are_quantized_in_pieces_of_whole_cubes(recipe, lengths):
     source = StudentInput(load_recipe(recipe).linear_scheme().activation)
     x = torch.randn(1, 24, 8)
     with token_grid(TokenGrid(frames=3, height=2, width=4)), memoization():

@@ -1,12 +1,13 @@
 """Where the video tokens lie: the grid of a call, and of an input by its length."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.tokens import TokenGrid, TokenLayout
+from s2q.core.tokens import TokenGrid, TokenLayout, cut_tokens
 
 
 def call(*shape, text=None, **arguments):
@@ -52,6 +53,24 @@ def test_an_input_is_told_by_its_length():
     assert [grid.offset(12) for grid in (before, after, apart)] == [0, 0, 0]
     assert [grid.offset(17) for grid in (before, after, apart)] == [5, 0, None]
     assert [grid.offset(5) for grid in (before, after, apart)] == [None, None, None]
+
+
+def test_cubes_stay_whole_where_a_sequence_is_cut():
+    grid = TokenGrid(frames=5, height=2, width=3, text_tokens=4, text="before")
+
+    def cut(length, sizes, **options):
+        return [(size, None if one is None else one.frames) for size, one in cut_tokens(length, sizes, **options)]
+
+    assert cut(34, grid, piece=16, cube_frames=2) == [(4, None), (12, 2), (12, 2), (6, 1)]
+    assert cut(34, replace(grid, text="after"), piece=16, cube_frames=2) == [(12, 2), (12, 2), (6, 1), (4, None)]
+    assert cut(30, grid, piece=25, cube_frames=2) == [(24, 4), (6, 1)]
+    assert cut(30, grid, piece=3, cube_frames=2) == [(12, 2), (12, 2), (6, 1)]  # a cube has two frames however large
+    assert cut(30, grid, piece=100, cube_frames=2) == [(30, 5)]
+    assert cut_tokens(34, grid, piece=34, cube_frames=2) == [(34, grid)]
+    assert cut(7, grid, piece=3, cube_frames=2) == [(3, None), (3, None), (1, None)]
+    assert cut(30, None, piece=16, cube_frames=2) == [(16, None), (14, None)]
+    inside = [one for _, one in cut_tokens(34, grid, piece=16, cube_frames=2) if one is not None]
+    assert all(one.offset(one.tokens) == 0 and one.offset(one.tokens + 4) is None for one in inside)
 
 
 def test_a_layout_survives_json_and_refuses_what_is_not_valid():

@@ -178,7 +178,7 @@ def test_more_frames_than_were_calibrated_on(run):
 
 @token_grid(TokenGrid(frames=3, height=2, width=4))
 def test_the_gradient_of_a_checkpointed_block_is_the_same_where_tokens_have_places():
-    """A part that asks where tokens lie is not cut into pieces."""
+    """A part that asks where tokens lie is cut between cubes."""
     from diffusers.models.attention import FeedForward
 
     from s2q.nn import StudentInput

@@ -166,7 +166,8 @@ def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = 
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself do so for `piece` tokens at a time. Only the order of sums changes.
+    that treat every token, or every cube of tokens, by itself do so for `piece` tokens at a time. Only the order of
+    sums changes.
     """
     if not enabled:
         yield
@@ -211,7 +212,9 @@ def _recomputing(student: nn.Module, piece: int) -> dict[nn.Module, Callable[...
         if activation is not None:
             forward = functools.partial(_one_after_the_other, forward, activation.forward)
             forwards[activation] = _unchanged
-        forwards[part] = functools.partial(_piece_by_piece, forward, piece=piece)
+        cubes = [inner.cube_frames for inner in inside if isinstance(inner, StudentInput) and inner.cube_frames]
+        cube_frames = math.lcm(*cubes) if cubes else None
+        forwards[part] = functools.partial(_piece_by_piece, forward, piece=piece, cube_frames=cube_frames)
     return forwards
 
 
@@ -223,9 +226,9 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _piece_by_piece(forward: Callable[..., Tensor], x: Tensor, *, piece: int) -> Tensor:
+def _piece_by_piece(forward: Callable[..., Tensor], x: Tensor, *, piece: int, cube_frames: int | None = None) -> Tensor:
     """Apply a part to pieces of a sequence, [B, N, ...]; each is computed again in the backward pass by itself."""
-    outputs = in_pieces(forward, x, piece=piece)
+    outputs = list(in_pieces(forward, x, piece=piece, cube_frames=cube_frames))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

@@ -16,7 +16,7 @@ from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import located
 from s2q.common.hooks import capture_inputs
 from s2q.common.torch_state import tf32_products
-from s2q.core.memo import checkpointed, memoization, pieces_of
+from s2q.core.memo import in_pieces, memoization
 from s2q.core.qparams import RoundedWeight
 from s2q.core.tokens import token_grid
 from s2q.nn import PackedLinear, StudentInput, StudentLinear, StudentRows
@@ -177,10 +177,9 @@ def _calls(samples: BlockSamples) -> Iterator[dict[str, Any]]:
 
 
 def _quantized_by(source: StudentInput, piece: int) -> _Source:
-    """The inputs that a student quantizes, `piece` tokens at a time unless it needs to know where they are."""
+    """The inputs that a student quantizes, `piece` tokens at a time; nothing is kept of the pieces before."""
 
     def pieces(x: Tensor) -> Iterator[Tensor]:
-        for part in [x] if source.needs_grid else pieces_of(x, piece):
-            yield checkpointed(source, part).quantized  # which keeps nothing of the part
+        return (split.quantized for split in in_pieces(source, x, piece=piece, cube_frames=source.cube_frames))
 
     return pieces

@@ -6,7 +6,7 @@ the inputs of a function alone until the backward pass, which then calls it agai
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from s2q.core.tokens import carried_call
+from s2q.core.tokens import TokenGrid, carried_call, current_grid, cut_tokens, token_grid
 
 _T = TypeVar("_T")
 _Results = dict[tuple[int, Hashable], tuple[object, Any]]
@@ -96,17 +96,29 @@ def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True, 
     return result
 
 
-def in_pieces(function: Callable[[Tensor], _T], x: Tensor, *, piece: int) -> list[_T]:
+def in_pieces(
+    function: Callable[[Tensor], _T], x: Tensor, *, piece: int, cube_frames: int | None = None
+) -> Iterator[_T]:
     """Call a function of tokens, each by itself, for pieces of a sequence [B, N, ...]; a row [B, d] is one piece.
 
-    What it computes on the way is computed again in the backward pass, for one piece at a time.
+    What it computes on the way is computed again in the backward pass, for one piece at a time. Where video tokens are
+    quantized with their neighbours, in cubes of so many frames, cubes stay whole, and each call has the grid of its
+    piece (`core.tokens.cut_tokens`); such a sequence is [B, N, d], or else one piece.
     """
-    return [checkpointed(function, part) for part in pieces_of(x, piece)]
+    if cube_frames is None:
+        for part in torch.split(x, piece, dim=1) if x.ndim > 2 else [x]:
+            yield checkpointed(function, part)
+    elif x.ndim != 3:
+        yield checkpointed(function, x)
+    else:
+        cut = cut_tokens(x.shape[1], current_grid(), piece=piece, cube_frames=cube_frames)
+        for part, (_, grid) in zip(torch.split(x, [size for size, _ in cut], dim=1), cut, strict=True):
+            yield _checkpointed_on(grid, function, part)
 
 
-def pieces_of(x: Tensor, piece: int) -> Sequence[Tensor]:
-    """Cut a sequence [B, N, ...] into pieces of so many tokens; a row [B, d] is one piece."""
-    return torch.split(x, piece, dim=1) if x.ndim > 2 else [x]
+def _checkpointed_on(grid: TokenGrid | None, function: Callable[[Tensor], _T], part: Tensor) -> _T:
+    with token_grid(grid):
+        return checkpointed(function, part)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypeGuard
 
@@ -53,6 +53,41 @@ class TokenGrid:
         if self.text == "apart" or length != self.tokens + self.text_tokens:
             return None
         return self.text_tokens if self.text == "before" else 0
+
+
+def cut_tokens(
+    length: int, grid: TokenGrid | None, *, piece: int, cube_frames: int
+) -> list[tuple[int, TokenGrid | None]]:
+    """Cut a sequence of tokens into pieces of at most so many, in order; return the length and grid of each.
+
+    One that is not longer is one piece. Of others, text and video are in pieces of their own. The video is cut between
+    frames, after multiples of `cube_frames`, so that cubes of so many frames stay whole; a piece has that many frames
+    even where they are more tokens than `piece`. The grid is None for text, and if that of the sequence is unknown.
+
+    Example: 4 tokens of text, then 5 frames of 2 x 3, cubes of 2 frames, pieces of 16: [4 | 12 | 12 | 6].
+    """
+    if length <= piece:
+        return [(length, grid)]
+    offset = None if grid is None else grid.offset(length)
+    if grid is None or offset is None:
+        return [(size, None) for size in _sizes(length, piece)]
+    frames = frames_of_piece(grid.height * grid.width, piece=piece, cube_frames=cube_frames)
+    video = [replace(grid, frames=size, text_tokens=0, text="apart") for size in _sizes(grid.frames, frames)]
+    before, after = (_sizes(text, piece) for text in (offset, length - offset - grid.tokens))
+    return [
+        *((size, None) for size in before),
+        *((inside.tokens, inside) for inside in video),
+        *((size, None) for size in after),
+    ]
+
+
+def frames_of_piece(frame: int, *, piece: int, cube_frames: int) -> int:
+    """Return the frames, of so many tokens each, that `cut_tokens` has in a piece of video."""
+    return max(piece // (cube_frames * frame), 1) * cube_frames
+
+
+def _sizes(total: int, most: int) -> list[int]:
+    return [min(most, total - start) for start in range(0, total, most)]
 
 
 @dataclass(frozen=True)

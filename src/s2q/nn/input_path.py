@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.input_path import PREFIX, InputPart, InputTensors, with_tensors
-from s2q.core.memo import checkpointed, in_pieces, memoize_for
+from s2q.core.memo import in_pieces, memoize_for
 from s2q.core.schemes import QuantScheme
 from s2q.core.stored_form import stored_values
 from s2q.nn.branch import scaled_by_frame
@@ -92,7 +92,7 @@ class SplitInput(NamedTuple):
 
 
 class StudentInput(nn.Module):
-    """The way of an input into its linears: shift, transform, then fake quantization, each token by itself.
+    """The way of an input into its linears: shift, transform, then fake quantization, of each token or cube by itself.
 
     Attributes:
         shift: Buffer [I], m, or None for zero.
@@ -102,7 +102,8 @@ class StudentInput(nn.Module):
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None only transforms it (weight-only).
         piece: Tokens whose way to the quantized input the backward pass computes again at a time; None keeps it.
-        needs_grid: Whether the scheme depends on where the video tokens of the call at hand are (`core.tokens`).
+        cube_frames: Frames of the cubes of video tokens that the scheme quantizes together, which depends on where
+            those of the call at hand are (`core.tokens`); None if it quantizes each token by itself.
         steps: Parts with `InputPart.apply`.
         tensors: Those of their tensors that belong to the input, by stored name.
 
@@ -135,7 +136,7 @@ class StudentInput(nn.Module):
         self.low_rank_from = low_rank_from
         self.clip = clip
         self.piece: int | None = None
-        self.needs_grid = scheme is not None and scheme.delta is not None
+        self.cube_frames = None if scheme is None or scheme.delta is None else scheme.delta.cube[0]
 
     @property
     def deflates(self) -> bool:
@@ -153,9 +154,7 @@ class StudentInput(nn.Module):
 
     def _recomputed(self, x: Tensor, piece: int) -> SplitInput:
         """`_split`, computed again in the backward pass."""
-        if self.needs_grid:
-            return checkpointed(self._split, x)
-        pieces = in_pieces(self._split, x, piece=piece)
+        pieces = list(in_pieces(self._split, x, piece=piece, cube_frames=self.cube_frames))
         if len(pieces) == 1:
             return pieces[0]
         quantized, coefficients = zip(*pieces, strict=True)
