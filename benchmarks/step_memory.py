@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s2q.benchmark.calibration_block import first_block, first_optimization, first_student, synthetic_subject
+from s2q.benchmark.synthetic_blocks import block_grid
 from s2q.blocks.distil import checkpoint_parts
 from s2q.common.arguments import dtype_name
 from s2q.common.components import TRANSFORMERS
@@ -48,7 +49,7 @@ MODELS = (
     "wan-vace-14b",
 )
 TOKENS = (256, 4096, 32_768, 131_072)
-RECIPES = ("s2q-w4a6", "s2q-plus-w4a6", "q-vdit-w4a6")
+RECIPES = ("s2q-w4a6", "s2q-plus-w4a6", "s2q-plus-w4a4", "q-vdit-w4a6")
 RESULT = Path(__file__).parent / "results" / "step-memory.json"
 
 
@@ -197,7 +198,7 @@ def planned_bytes(case: Case) -> int:
     transformer = model.meta_transformer(blocks=1)
     workload = Workload(
         tokens=case.tokens,
-        frames=model.frames,
+        frames=block_grid(model, tokens=case.tokens).frames,
         text_tokens=model.text_tokens,
         audio_tokens=model.audio_tokens,
         image_tokens=model.image_tokens,

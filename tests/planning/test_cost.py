@@ -1,5 +1,7 @@
 """Planned memory: near what was traced, and what it decides: checkpointing, the disk, refusal."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from step_memory import Case, planned_bytes, traced_bytes
@@ -42,6 +44,7 @@ def machine(memory, **changes):
     [
         ("s2q-w4a6", "ltx-2b", 0),
         ("s2q-plus-w4a6", "ltx-2b", 0),
+        ("s2q-plus-w4a4", "ltx-2b", 0),
         ("q-vdit-w4a6", "ltx-2b", 0),
         ("s2q-plus-w4a6", "hunyuanvideo", 1),
         ("q-vdit-w4a6", "wan-1.3b", 0),
@@ -60,6 +63,40 @@ def test_planned_memory_of_a_step_is_0_8_to_1_35_of_the_traced(recipe, name, ind
         recompute=recompute,
     )
     assert 0.8 <= planned_bytes(case) / traced_bytes(case) <= 1.35
+
+
+def test_differences_from_local_means_add_little_to_a_checkpointed_step():
+    """Their pieces are pairs of frames: HunyuanVideo at its 118,800 tokens, as traced and as planned."""
+    model = synthetic_model("hunyuanvideo")
+    with_differences, without = (
+        Case(
+            model=model,
+            block_list=model.block_lists[1],
+            recipe=load_recipe("s2q-plus-w4a4", overrides=overrides),
+            tokens=118_800,
+            dtype=torch.bfloat16,
+            recompute=True,
+        )
+        for overrides in ([], ["activations.delta=null"])
+    )
+    traced = traced_bytes(with_differences)
+    assert traced < 1.05 * traced_bytes(without)
+    assert 0.8 <= planned_bytes(with_differences) / traced <= 1.35
+    planned = plan("synthetic:hunyuanvideo", recipe="s2q-plus-w4a4", machine=machine(24 * 10**9))
+    assert planned.calibration.gradient_checkpointing
+    check_memory(planned)
+
+
+def test_a_piece_has_whole_cubes_however_large_a_frame_is():
+    recipe, without = (load_recipe("s2q-plus-w4a4", overrides=more) for more in ([], ["activations.delta=null"]))
+    shape = replace(shapes_of("wan-14b")[0], attention=((1, 1, 1),), joint=0)  # the piece is the largest part
+    assert shape.frame == 30 * 52
+
+    def step_bytes(recipe, frame):
+        return replace(shape, frame=frame).step_bytes(recipe, checkpointed=True, itemsize=4)
+
+    assert step_bytes(recipe, 10_000) > 1.3 * step_bytes(recipe, 4096)
+    assert step_bytes(without, 10_000) == step_bytes(without, 4096)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -6,7 +6,7 @@ What a step of distillation holds is linear in the weights and in the values tha
     checkpointed    4 Σ O·I + 20 rows · d + the largest of
                     (weight + 22) max Σ O·I    of linears that share an input
                     piece · max O · rows of a piece
-                    whole · max O · rows       where linears need the positions of tokens
+                    whole · max O · rows       where all frames are needed at once
                     channel · rows · d of an attention, and what joins it with a feed-forward
 
 To both come convolutions. The five factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the
@@ -31,6 +31,7 @@ from s2q.common.devices import device_memory_bytes, has_bf16_products, host_memo
 from s2q.common.memory import Offload, page_locked_bytes
 from s2q.core.input_path import InputPath
 from s2q.core.memo import PIECE
+from s2q.core.tokens import frames_of_piece
 from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes.schema import Recipe
 
@@ -56,8 +57,8 @@ _KEYS = {"to_q": "to_k", "to_query": "to_key"}
 class _StepBytes(Figures):
     """Bytes that a step of distillation holds of a weight and of a value.
 
-    A checkpointed one holds those of a value of a piece, of what is not cut since it needs the positions of tokens
-    (whole), or of a value of a stream in attention.
+    A checkpointed one holds those of a value of a piece, of what is not cut since it needs all frames at once (whole),
+    or of a value of a stream in attention.
     """
 
     weight: float = 0.0
@@ -71,6 +72,7 @@ _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
     "quantization": {4: _StepBytes(4.8, 11.8, 38, 22.5, 34), 2: _StepBytes(8.3, 12.9, 28, 15.5, 14)},
     "transform": {4: _StepBytes(7.7, 4.8, 6), 2: _StepBytes(9, 3.1, 9)},
     "low rank": {4: _StepBytes(4, 3.9, 4, 0, 2), 2: _StepBytes(5.2, 2.5, 10, 0, 3)},
+    "differences": {4: _StepBytes(0, 0, 6), 2: _StepBytes(0, 0, 2)},
 }
 _KEPT = 20
 """Of a checkpointed step, for each value of a stream: what lies between its parts."""
@@ -256,6 +258,7 @@ class BlockShape:
         largest: Values of the largest weight; linears that share an input have one weight.
         joint: Values of the widest input of a linear beside attention and feed-forward, beyond those of the streams.
         convolved: Values that convolutions return.
+        frame: Video tokens of a frame.
     """
 
     parameters: int
@@ -270,6 +273,7 @@ class BlockShape:
     largest: int = 0
     joint: int = 0
     convolved: int = 0
+    frame: int = 1
 
     def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights."""
@@ -280,19 +284,26 @@ class BlockShape:
         state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
         convolved = _CONVOLVED * itemsize * self.convolved
         if checkpointed:
-            piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
+            tokens = self._piece_tokens(recipe)
+            piece = max((features * min(rows, tokens) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             attended = max((queries * width for queries, _, width in self.attention), default=channels * rows)
             at_hand = max(
                 (factors.weight + _MORE_AT_HAND) * self.largest,
-                factors.piece * (widest if recipe.input_needs_grid else piece),
-                factors.whole * widest if recipe.needs_grid else 0,
+                factors.piece * piece,
+                factors.whole * widest if recipe.compares_frames else 0,
                 factors.channel * attended + itemsize * self.joint,
             )
             return int(state + convolved + _WEIGHT * all_weights + _KEPT * channels * rows + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
         weights = factors.weight * all_weights + _AT_HAND * max(self.weights, default=0)
         return int(state + convolved + weights + factors.value * values)
+
+    def _piece_tokens(self, recipe: Recipe) -> int:
+        """The most tokens of a piece; cubes of tokens stay whole."""
+        if recipe.cube_frames is None:
+            return PIECE
+        return self.frame * frames_of_piece(self.frame, piece=PIECE, cube_frames=recipe.cube_frames)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights."""
@@ -340,6 +351,7 @@ def _step_bytes(recipe: Recipe, itemsize: int) -> _StepBytes:
         "quantization": True,
         "transform": settings.scale != "none" or settings.rotation != "identity",
         "low rank": bool(settings.low_rank),
+        "differences": recipe.cube_frames is not None,
     }
     factors = sum((_STEP_BYTES[part][itemsize] for part, has in parts.items() if has), start=_StepBytes())
     return replace(factors, weight=_LEARNED_WEIGHT) if recipe.rounding.learned else factors
@@ -460,6 +472,7 @@ def _block_shape(
         largest=max(of_input.values(), default=0),
         convolved=workload.tokens * sum(conv.out_channels for conv in convolutions),
         joint=max(0, wide_input - channels * total),
+        frame=max(workload.tokens // workload.frames, 1),
     )
 
 

@@ -258,12 +258,17 @@ class Recipe(BaseModel):
     @property
     def needs_grid(self) -> bool:
         """Whether the run needs the positions of the video tokens."""
-        return self.input_needs_grid or self.transforms.estimator or self.loss.temporal > 0
+        return self.cube_frames is not None or self.compares_frames
 
     @property
-    def input_needs_grid(self) -> bool:
-        """Whether inputs are quantized by the positions of the video tokens."""
-        return self.activations is not None and self.activations.delta is not None
+    def cube_frames(self) -> int | None:
+        """Frames of the cubes of video tokens that inputs are quantized in; None if each token is by itself."""
+        return None if self.activations is None or self.activations.delta is None else self.activations.delta.cube[0]
+
+    @property
+    def compares_frames(self) -> bool:
+        """Whether what is learned needs all frames of a video at once."""
+        return self.transforms.estimator or self.loss.temporal > 0
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
