@@ -97,6 +97,8 @@ def test_a_piece_has_whole_cubes_however_large_a_frame_is():
 
     assert step_bytes(recipe, 10_000) > 1.3 * step_bytes(recipe, 4096)
     assert step_bytes(without, 10_000) == step_bytes(without, 4096)
+    shape = replace(shape, outputs=((13_824, 8000),))  # is not cut
+    assert step_bytes(recipe, 2500) == step_bytes(recipe, 1000)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

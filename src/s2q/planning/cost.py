@@ -284,8 +284,7 @@ class BlockShape:
         state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
         convolved = _CONVOLVED * itemsize * self.convolved
         if checkpointed:
-            tokens = self._piece_tokens(recipe)
-            piece = max((features * min(rows, tokens) for features, rows in self.outputs), default=0)
+            piece = max((features * self._piece_tokens(recipe, rows) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             attended = max((queries * width for queries, _, width in self.attention), default=channels * rows)
             at_hand = max(
@@ -299,11 +298,11 @@ class BlockShape:
         weights = factors.weight * all_weights + _AT_HAND * max(self.weights, default=0)
         return int(state + convolved + weights + factors.value * values)
 
-    def _piece_tokens(self, recipe: Recipe) -> int:
-        """The most tokens of a piece; cubes of tokens stay whole."""
-        if recipe.cube_frames is None:
-            return PIECE
-        return self.frame * frames_of_piece(self.frame, piece=PIECE, cube_frames=recipe.cube_frames)
+    def _piece_tokens(self, recipe: Recipe, rows: int) -> int:
+        """The most tokens of a piece of so many in all; cubes of tokens stay whole."""
+        if recipe.cube_frames is None or rows <= PIECE:
+            return min(rows, PIECE)
+        return min(rows, self.frame * frames_of_piece(self.frame, piece=PIECE, cube_frames=recipe.cube_frames))
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights."""
