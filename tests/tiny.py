@@ -6,6 +6,7 @@ Everything is a function of the seed. The families are in `tiny_families`.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from diffusers import CogVideoXPipeline, CogVideoXVideoToVideoPipeline, Diffusio
 from PIL import Image
 
 from s2q.generation.conditioning import image_to_video, takes_batches
+from s2q.generation.load import load_pipeline
 from s2q.generation.prompts import Prompt, prompt_list
 from s2q.generation.settings import prompt_token_limit, vae_factors
 from s2q.models import family_of
 from s2q.models.synthetic import SyntheticModel, synthetic_model
 from s2q.ops.activation_path import transform_input
+from s2q.pipelines import INDEX, find_index
 from tiny_families import FAMILIES, TEXT_LENGTH, TinyFamily
 
 TINY_CALL: dict[str, Any] = {
@@ -65,6 +68,13 @@ def tiny_pipeline(
     return pipe
 
 
+def reloaded(folder: Path, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """A saved pipeline as its users load it: by diffusers, or by s2q where diffusers has no pipeline of one class."""
+    if find_index(folder).name == INDEX:
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    return load_pipeline(folder, dtype=dtype)
+
+
 def video_to_video() -> DiffusionPipeline:
     """A tiny pipeline that needs a video, which neither calibration nor `generate` runs."""
     return CogVideoXVideoToVideoPipeline(**tiny_pipeline("cogvideox").components)
@@ -107,7 +117,9 @@ def video_size(pipe: DiffusionPipeline) -> dict[str, int]:
     side = getattr(pipe, "target_size", 0) if "ImageToVideo" in type(pipe).__name__ else 0
     side = side or max(16, family_of(pipe.transformer).size_multiple)
     known = image_to_video(pipe)
-    frames = max(2 * vae_factors(pipe)[0] + 1, 1 if known is None else known.least_frames)
+    groups = family_of(pipe.transformer).frame_groups
+    least = groups.least if groups is not None else 1 if known is None else known.least_frames
+    frames = max(2 * vae_factors(pipe)[0] + 1, least)
     return {"num_frames": frames, "height": side, "width": side}
 
 

@@ -18,6 +18,8 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
+from s2q.pipelines.minimax_h3 import MiniMaxH3Pipeline
+
 TEXT_LENGTH = 16
 """`max_text_seq_length` of the tiny CogVideoX transformers, in tokens."""
 
@@ -91,6 +93,36 @@ def _umt5_and_clip_vision(seed: int) -> dict[str, Any]:
         **_umt5(seed),
         "image_encoder": t.CLIPVisionModel(vision),
         "image_processor": t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    }
+
+
+def _qwen_and_sound(seed: int) -> dict[str, Any]:
+    """The pipeline reads the hidden state of layer 50, of a model that has more."""
+    torch.manual_seed(seed)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 52, **heads}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = t.Qwen3VLConfig(
+        text_config=text | {"rope_parameters": rope}, vision_config=vision | {"deepstack_visual_indexes": [0]}
+    )
+    return {
+        "tokenizer": tokenizer(),
+        "text_encoder": t.Qwen3VLForConditionalGeneration(config),
+        "audio_scheduler": d.MiniMaxH3Scheduler(shift=3.0),
+        "audio_vae": d.AutoencoderKLMiniMaxH3Audio(
+            encoder_dim=2,
+            encoder_rates=(2, 4, 4, 5, 5),
+            latent_dim=16,
+            latent_channels=4,
+            num_attention_heads=2,
+            decoder_dim=128,
+            decoder_rates=(5, 5, 2, 2, 2, 2, 2),
+            resblock_kernel_sizes=(3,),
+            resblock_dilation_sizes=((1, 3, 5),),
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
     }
 
 
@@ -432,6 +464,38 @@ FAMILIES = {
         ),
         scheduler=d.FlowMatchEulerDiscreteScheduler,
         texts=_gemma_and_sound,
+    ),
+    "minimax-h3": TinyFamily(  # 37 latent frames, the least, of 2 x 2
+        pipeline=MiniMaxH3Pipeline,
+        transformer=d.MiniMaxH3Transformer3DModel,
+        config=_HEADS
+        | {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 96,
+            "in_channels": 4,
+            "audio_in_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "time_embed_hidden_dim": 64,
+            "time_embed_dim": 32,
+            "rope_freq_dim": 2,
+        },
+        vae=lambda: d.AutoencoderKLMiniMaxH3(
+            latent_channels=4,
+            block_out_channels=(8,) * 5,
+            layers_per_block=1,
+            norm_num_groups=2,
+            decoder_num_layers=1,
+            decoder_num_attention_heads=2,
+            decoder_attention_head_dim=16,
+            decoder_num_register_tokens=1,
+            latents_mean=(0.0,) * 4,
+            latents_std=(1.0,) * 4,
+        ),
+        scheduler=d.MiniMaxH3Scheduler,
+        texts=_qwen_and_sound,
     ),
     "sana-video": replace(
         _WAN,

@@ -4,12 +4,11 @@ from itertools import product
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from quick import quick_if
 from s2q.nn import PackedLinear
 from s2q.run.quantize import quantize
-from tiny import tiny_call, tiny_pipeline
+from tiny import reloaded, tiny_call, tiny_pipeline
 from tiny_families import TEXT_TO_VIDEO
 
 FAMILIES = [name for name in TEXT_TO_VIDEO if name != "cogvideox rotary"]
@@ -39,7 +38,7 @@ def models(tmp_path_factory):
 
 
 def load(folder, dtype):
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe = reloaded(folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

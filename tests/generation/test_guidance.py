@@ -38,8 +38,9 @@ def called(monkeypatch):
 
 def other_scheduler(pipe):
     """A scheduler that fits a pipeline, with a shift if it has one."""
-    if family_of(pipe.transformer).name == "cogvideox":
-        return {"scheduler": "CogVideoXDPMScheduler"}
+    own = {"cogvideox": "CogVideoXDPMScheduler", "minimax-h3": "MiniMaxH3Scheduler"}
+    if (name := family_of(pipe.transformer).name) in own:
+        return {"scheduler": own[name]} | ({"shift": 2.0} if name == "minimax-h3" else {})
     return {"scheduler": "FlowMatchLCMScheduler", "shift": 2.0}
 
 
@@ -57,7 +58,8 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
     used = given["scheduler"]
     assert type(used).__name__ == asked["scheduler"]
     assert used.config.get("shift") == asked.get("shift")
-    assert [call.timestep for call in trajectory.calls] == pytest.approx(used.timesteps.tolist())
+    timesteps = used.timesteps if name != "minimax-h3" else 1000 * (1 - used.timesteps)  # from 0 for noise to 1
+    assert [call.timestep for call in trajectory.calls] == pytest.approx(timesteps.tolist())
     assert len(trajectory.calls) == STEPS
     assert {trajectory.branches(call) for call in trajectory.calls} == {1}
     assert given[family_of(pipe.transformer).frames_argument] == asked["num_frames"]
@@ -72,7 +74,7 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
     assert "step" not in vars(used)
 
 
-ONE_BRANCH = ("hunyuanvideo", "kandinsky5")  # which test_kandinsky5.py has
+ONE_BRANCH = ("hunyuanvideo", "kandinsky5", "minimax-h3")  # test_kandinsky5.py has the second
 
 
 @pytest.mark.parametrize("name", [name for name in TEXT_TO_VIDEO if name not in ONE_BRANCH])

@@ -105,6 +105,8 @@ def test_a_state_of_torch_in_one_thread_does_not_reach_another(pipe, state):
 def test_another_thread_may_change_default_dtype_and_random_numbers(name):
     pipe = tiny_pipeline(name, num_layers=1)
     settings = SETTINGS | video_size(pipe)
+    if name == "minimax-h3":
+        del settings["guidance_scale"]  # has none
 
     def latents():
         return generate(pipe, prompts=prompts, **settings)[0].latents

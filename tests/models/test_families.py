@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 
 import s2q
 from quick import quick
@@ -17,7 +16,7 @@ from s2q.generation.trajectory import prediction_of, record_trajectory
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from tiny import prompts_for, prompts_of_a_call, tiny_call, tiny_pipeline, video_size
+from tiny import prompts_for, prompts_of_a_call, reloaded, tiny_call, tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
 # All but CogVideoX without rotary embeddings, which most other tests take, and a pipeline of two transformers
@@ -41,10 +40,9 @@ def pipe(request):
 @pytest.fixture(scope="module")
 def trajectory(pipe):
     requested = {**video_size(pipe), "num_inference_steps": 3}
-    if (
-        family_of(pipe.transformer).defaults["guidance_scale"] == 1
-    ):  # both branches, where the model is published with one
-        requested["guidance_scale"] = 3.0
+    family = family_of(pipe.transformer)
+    if family.guidance != "embedded" and family.defaults["guidance_scale"] == 1:
+        requested["guidance_scale"] = 3.0  # both branches, where the model is published with one
     settings = resolve_settings(pipe, requested=requested)
     prompts = prompts_of_a_call(pipe)
     return record_trajectory(pipe, prompts, seeds=range(len(prompts)), settings=settings, decode=True)
@@ -211,7 +209,7 @@ def test_from_plan_to_video(pipe, tmp_path):
     report = s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=prompts, overrides=overrides)
     assert all(block.attention["map"] for block in report.blocks), "each family's calls define where a token is"
     assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
-    loaded = DiffusionPipeline.from_pretrained(out)
+    loaded = reloaded(out)
     loaded.set_progress_bar_config(disable=True)
     state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
@@ -231,7 +229,7 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     overrides = ["outer.num_bits=8"]
     planned = plan(str(tmp_path / "model"), recipe="rtn-w4a16", overrides=overrides)
     s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "out", overrides=overrides)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    loaded = reloaded(tmp_path / "out")
     linears = {name for name, one in loaded.transformer.named_modules() if isinstance(one, torch.nn.Linear)}
     packed = {name for name, one in loaded.transformer.named_modules() if isinstance(one, PackedLinear)}
     kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
@@ -243,7 +241,7 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     pipes, found = {"outer": loaded}, {}
     s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", overrides=["outer=null"], out=tmp_path / "blocks")
-    pipes["blocks"] = DiffusionPipeline.from_pretrained(tmp_path / "blocks")
+    pipes["blocks"] = reloaded(tmp_path / "blocks")
     for name, one in pipes.items():
         settings = resolve_settings(one, requested={**video_size(one), "num_inference_steps": 2})
         found[name] = record_trajectory(one, prompts_for(one, "red"), seeds=[0], settings=settings).calls[0].output

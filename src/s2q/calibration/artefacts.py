@@ -41,8 +41,9 @@ class Argument:
     """A keyword argument of the calls of all steps.
 
     Attributes:
-        content: A tensor, a tuple of tensors that are the same in all calls, or plain data.
-        per_step: Whether the tensor has a first dimension S; else it is the same in all steps.
+        content: A tensor, a tuple of tensors, or plain data.
+        per_step: Whether the tensor has a first dimension S, or the tuple one tensor for each step; else it is the same
+            in all steps.
         per_branch: Whether the next dimension is R, a row for each guidance branch.
     """
 
@@ -52,9 +53,13 @@ class Argument:
 
     @classmethod
     def of(cls, name: str, values: Sequence[Any], *, branches: int | None) -> Argument:
-        """Join the values of all steps; raises InvalidInputError if they differ and have no row for a sample.
+        """Join the values of all steps.
 
-        `branches` is R; None for a tensor without rows.
+        Args:
+            branches: R; None for a tensor without rows, which may differ between steps, in its shape too.
+
+        Raises:
+            InvalidInputError: If the values differ and have no row for a sample, though they should.
         """
         first = values[0]
         if isinstance(first, tuple) and isinstance(first[0], Tensor):
@@ -63,7 +68,9 @@ class Argument:
             return cls(content=first)
         fixed = all(value is first or torch.equal(value, first) for value in values)
         per_branch = first.ndim > 0 and first.shape[0] == branches
-        if not fixed and not per_branch:
+        if not fixed and branches is None and len({value.shape for value in values}) > 1:
+            return cls(content=tuple(value.clone() for value in values), per_step=True)
+        if not fixed and not per_branch and branches is not None:
             raise InvalidInputError(f"calibration: argument {name} changes between steps and has no row per sample")
         content = first.clone() if fixed else torch.stack(list(values))
         return cls(content=content, per_step=not fixed, per_branch=per_branch)
@@ -96,7 +103,8 @@ class Argument:
         if "value" in record:
             return cls(content=record["value"])
         if record["parts"]:
-            return cls(content=tuple(tensors[f"arguments.{name}.{part}"] for part in range(record["parts"])))
+            parts = tuple(tensors[f"arguments.{name}.{part}"] for part in range(record["parts"]))
+            return cls(content=parts, per_step=record["per_step"])
         return cls(content=tensors[f"arguments.{name}"], per_step=record["per_step"], per_branch=record["per_branch"])
 
 

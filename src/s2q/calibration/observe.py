@@ -81,6 +81,8 @@ def observe(
             weights = token_weights(padded, lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
             by_stream = dict(zip(family.joint_order, weights.split(lengths, dim=1), strict=True))
             video, text = (_place(name, family.joint_order, lengths) for name in names)
+            if family.latents == "packed":
+                video, text = _packed_places(samples, index)
             profile.add(sums, text=text)
             if index == mapped:
                 profile.map = _importance_map(padded[0, video], samples, index)
@@ -96,6 +98,12 @@ def _place(stream: str, order: Sequence[str], lengths: Sequence[int]) -> slice:
         return slice(0, 0)
     index = list(order).index(stream)
     return slice(sum(lengths[:index]), sum(lengths[: index + 1]))
+
+
+def _packed_places(samples: BlockSamples, index: int) -> tuple[slice, slice]:
+    """Places of the video and of the text in a packed sequence, [text, sound, video]."""
+    grid, text = samples.stream.video_grid(index), samples.stream.calls[index]()["text_indices"]
+    return slice(None) if grid is None else slice(grid.text_tokens, None), slice(0, len(text))
 
 
 def _importance_map(sums: Tensor, samples: BlockSamples, index: int) -> ImportanceMap | None:

@@ -78,6 +78,7 @@ class TeacherStream:
         self._grids: list[TokenGrid] = []
         self._fixed: list[dict[str, Any]] = []
         self._conditioning: list[dict[str, Any]] = []
+        self._tokens: list[dict[str, int]] = []
         self._position: int | None = None
         self._video_grids: dict[int, TokenGrid | None] = {}
 
@@ -126,11 +127,12 @@ class TeacherStream:
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
         """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.
 
-        What is not conditioning, the streams, is that of the first sample throughout: it says nothing, and is there
-        because a block is not called without it.
+        What is not conditioning, the streams, is that of the first sample throughout, cut or filled to the tokens of
+        the call: it says nothing, and is there because a block is not called without it.
         """
-        for conditioning in self._conditioning:
-            yield self._renamed({**conditioning, **self._moving.get(0)})
+        for conditioning, tokens in zip(self._conditioning, self._tokens, strict=True):
+            streams = {name: _with_tokens(value, tokens[name]) for name, value in self._moving.get(0).items()}
+            yield self._renamed({**conditioning, **streams})
 
     def check(self, outputs: Sequence[Tensor], *, sample: int, module: nn.Module, run: Tick) -> None:
         """Refuse NaN and infinite values in what the block at hand returns; `run` calls it again to find the layer."""
@@ -157,7 +159,7 @@ class TeacherStream:
         self._position = block
         reached = self.transformer.get_submodule(self.block_names[block])
         self._moving.clear()
-        self._fixed, self._conditioning, self._grids = [], [], []
+        self._fixed, self._conditioning, self._tokens, self._grids = [], [], [], []
         distinct = _Distinct()
         blocks = [self.transformer.get_submodule(name) for name in self.block_names]
         paged_blocks = blocks[:block] if self.pages else []
@@ -173,8 +175,10 @@ class TeacherStream:
                 self._moving.put(sample, moving)
                 self._fixed.append(distinct(fixed))
             for call in self.timesteps:
-                _, conditioning = self._split(_first_call(self.transformer, reached, to_device(call(), self.device)))
+                arguments = _first_call(self.transformer, reached, to_device(call(), self.device))
+                moving, conditioning = self._split(arguments)
                 self._conditioning.append(distinct(conditioning))
+                self._tokens.append({name: value.shape[1] for name, value in moving.items()})
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Separate the streams from the arguments that are the same for all blocks."""
@@ -204,6 +208,14 @@ class TeacherStream:
                 self.check(outputs, sample=sample, module=block, run=call)
                 self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
         self.page_out(block)
+
+
+def _with_tokens(stream: Tensor, tokens: int) -> Tensor:
+    """A stream [B, N, ...] with the first tokens of its own, and zeros behind them if it has fewer."""
+    missing = tokens - stream.shape[1]
+    if missing <= 0:
+        return stream[:, :tokens]
+    return torch.cat([stream, stream.new_zeros(stream.shape[0], missing, *stream.shape[2:])], dim=1)
 
 
 class _Distinct:

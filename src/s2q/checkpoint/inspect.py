@@ -25,6 +25,7 @@ from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, EncoderStorage, LinearStorage
 from s2q.core.stored_form import file_dtypes
+from s2q.pipelines import read_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ def _text_encoders(folder: Path, *, variant: str | None) -> tuple[EncoderStorage
 
     storage = []
     for component, config in encoder_configs(folder).items():
-        _, class_name = component_entries(read_json(folder / "model_index.json", remedy=REMEDY))[component]
+        _, class_name = component_entries(read_index(folder, remedy=REMEDY))[component]
         content = plain_config(read_json(folder / component / "config.json", remedy=REMEDY))
         tensors = read_headers(weight_files(folder / component, library="transformers", variant=variant))
         model = meta_model(

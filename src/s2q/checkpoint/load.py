@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s2q import pipelines
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.load_components import REMEDY, load_components
 from s2q.checkpoint.manifest import check_intact, intact
@@ -42,21 +43,17 @@ def load_pipeline(
         InvalidInputError: If the folder is no s2q checkpoint, or a file is missing, damaged or altered (names it).
         ResourceError: If memory or a package that a component needs is missing.
     """
-    from diffusers import DiffusionPipeline
-
     register()
     folder = Path(path)
     config, *_ = read_configs(folder).values()
     check_intact(folder, verify=verify)
-    index = read_json(folder / "model_index.json", remedy=REMEDY)
+    index = pipelines.read_index(folder, remedy=REMEDY)
     check_folder(folder, index)
     compute_dtype = dtype or getattr(torch, config.compute_dtype)
     with intact():
         components = load_components(folder, index, dtype=compute_dtype, variant=variant)
         try:
-            pipe = DiffusionPipeline.from_pretrained(
-                folder, dtype=compute_dtype, variant=variant, use_safetensors=True, **components
-            )
+            pipe = pipelines.load_pipeline(folder, index, dtype=compute_dtype, variant=variant, components=components)
         except Exception as error:
             raise loading_error(folder, error, remedy=REMEDY) from error
     pipe.set_progress_bar_config(disable=True)

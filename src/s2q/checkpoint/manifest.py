@@ -17,11 +17,11 @@ from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import atomic_write_json, read_json, sha256_file
 from s2q.common.log import log_once
 from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD, MANIFEST_VERSION, RECORDS
+from s2q.pipelines import INDEXES
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = RECORDS / "manifest.json"
-_INDEX = "model_index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _INTACT: ContextVar[bool] = ContextVar("intact", default=False)
 
@@ -85,7 +85,7 @@ def verify_manifest(folder: Path) -> list[str]:
     for name, entry in listed.items():
         if name not in strange and (problem := _problem(present.get(name), entry)):
             problems.append(f"{name}: {problem}")
-    extra = [name for name in present if name not in listed and ("/" in name or name == _INDEX)]
+    extra = [name for name in present if name not in listed and ("/" in name or name in INDEXES)]
     problems += [f"{name}: not in the manifest; added later" for name in extra if name not in strange]
     return sorted(problems)
 

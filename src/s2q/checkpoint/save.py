@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2q import pipelines
 from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.manifest import owned_files, write_manifest
 from s2q.checkpoint.model_card import render_model_card
@@ -73,10 +74,11 @@ def save_checkpoint(
     with staged_directory(out, overwrite=overwrite, owned=owned_files, lock=lock) as staged:
         with _unused_tokenizers(pipe):
             pipe.save_pretrained(staged, max_shard_size=max_shard_size)
-        for path in (staged / "model_index.json", *staged.glob("*/config.json")):
+        for path in (pipelines.find_index(staged), *staged.glob("*/config.json")):
             clean_config(path)
         if records.base_folder is not None:
             copy_top_files(records.base_folder, staged, LICENCE)
+            pipelines.copy_files(records.base_folder, staged)
         card = render_model_card(
             *configs,
             pipeline_class=type(pipe).__name__,

@@ -27,6 +27,7 @@ from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.headers import DTYPES, TensorInfo, read_headers
 from s2q.core.stored_form import file_form
 from s2q.nn import PACKED, EncoderLinear, PackedLinear, replace_module
+from s2q.pipelines import find_index, read_index
 
 _REMEDY = "download the checkpoint again, or quantize the model again"
 
@@ -155,8 +156,7 @@ def check_encoder_files(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> 
 def encoder_configs(folder: Path) -> dict[str, S2QConfig]:
     """Read the configurations of the text encoders of a checkpoint that s2q has quantized, by component."""
     configs: dict[str, S2QConfig] = {}
-    index = folder / "model_index.json"
-    components = component_entries(read_json(index, remedy=_REMEDY)) if index.is_file() else {}
+    components = component_entries(read_index(folder, remedy=_REMEDY)) if find_index(folder).is_file() else {}
     for path in sorted(folder.glob(f"{TEXT_ENCODER}*/config.json")):
         if path.parent.name not in components:
             continue  # what an earlier version left there

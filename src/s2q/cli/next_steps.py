@@ -152,14 +152,13 @@ def _prompts(model: str | None, folder: Path) -> list[str]:
 
 def _needs_image(folder: Path) -> bool:
     """Whether prompts of a model on this machine need an image; one made from an embedded model draws its own."""
-    from s2q.common.files import read_json
     from s2q.generation.defaults import embedded_source
     from s2q.models import FAMILIES
+    from s2q.pipelines import find_index, read_index
 
-    index = folder / "model_index.json"
-    if not index.is_file():
+    if not find_index(folder).is_file():
         return False
-    name = read_json(index, remedy="copy the model again").get("_class_name")
+    name = read_index(folder, remedy="copy the model again").get("_class_name")
     return any(family.image_pipeline([name]) for family in FAMILIES.values()) and embedded_source(folder) is None
 
 

@@ -22,7 +22,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError, UsageError, short_repr, unknown_name
 
-LATENTS = ("frames first", "channels first", "channels last", "tokens")
+LATENTS = ("frames first", "channels first", "channels last", "tokens", "packed")
 TEXT = ("before", "after", "apart")
 
 
@@ -158,12 +158,14 @@ class TokenLayout:
 
     Attributes:
         latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], "channels last" [B, f, h, w, C], or
-            "tokens" [B, f · h · w, C] with the arguments `num_frames`, `height` and `width`.
+            "tokens" [B, f · h · w, C] with the arguments `num_frames`, `height` and `width`; "packed" the same without
+            these, at the end of a sequence whose tokens have coordinates: `position_ids` [N, 3] of time, row and
+            column, those of the video at `video_indices` [f · h · w].
         patch: Latent frames, rows and columns that make a token.
         text: Where the text lies in a joint sequence; see `TokenGrid`.
     """
 
-    latents: Literal["frames first", "channels first", "channels last", "tokens"]
+    latents: Literal["frames first", "channels first", "channels last", "tokens", "packed"]
     patch: tuple[int, int, int]
     text: Literal["before", "after", "apart"]
 
@@ -179,6 +181,8 @@ class TokenLayout:
 
     def grid(self, arguments: Mapping[str, Any]) -> TokenGrid:
         """Return the grid of a call of the transformer; InvalidInputError if the arguments do not define it."""
+        if self.latents == "packed":
+            return _packed_grid(arguments)
         latents = arguments.get("hidden_states")
         shape = tuple(getattr(latents, "shape", ()))
         sizes: tuple[Any, ...] = ()
@@ -224,6 +228,18 @@ class TokenLayout:
         return cls(
             latents=content["latents"], patch=tuple(patch) if isinstance(patch, list) else patch, text=content["text"]
         )
+
+
+def _packed_grid(arguments: Mapping[str, Any]) -> TokenGrid:
+    positions, video = arguments.get("position_ids"), arguments.get("video_indices")
+    if isinstance(positions, torch.Tensor) and isinstance(video, torch.Tensor):
+        before = len(positions) - len(video)
+        frames, height, width = (len(torch.unique(axis)) for axis in positions[video].unbind(1))
+        if frames * height * width == len(video) and bool((video == torch.arange(len(video)).to(video) + before).all()):
+            return TokenGrid(frames=frames, height=height, width=width, text_tokens=before, text="before")
+    raise InvalidInputError(
+        "transformer: called without positions of one video at the end of the sequence, which this recipe requires"
+    )
 
 
 def is_triple(value: Any) -> bool:

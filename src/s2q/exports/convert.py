@@ -286,7 +286,7 @@ class _Job:
             atomic_write_json(staged / component / "config.json", ours.plain_config(component))
         for component in self.configs:
             self.write_component(component, staged / component, max_shard_size=max_shard_size)
-        for path in (staged / "model_index.json", *staged.glob("*/config.json")):
+        for path in (find_index(staged), *staged.glob("*/config.json")):
             clean_config(path)
         report = self.report(name, start)
         self.write_card(staged, report)

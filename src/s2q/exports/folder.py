@@ -19,9 +19,10 @@ from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD
 from s2q.common.weight_files import copy_component, weight_files
 from s2q.models import ModelSource
+from s2q.pipelines import INDEXES
 
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-_TOP = ("model_index.json", "generation.json", LICENCE)
+_TOP = (*INDEXES, "generation.json", LICENCE)
 
 
 def exported_files(folder: Path) -> set[str] | None:

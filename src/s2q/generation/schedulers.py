@@ -30,6 +30,9 @@ FLOW = (
 DIFFUSION = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Those of models with betas: CogVideoX shifts the signal-to-noise ratio of its betas, which other classes ignore."""
 
+OF_ONE_MODEL = ("MiniMaxH3Scheduler",)
+"""Those of one model, whose pipeline runs no other: MiniMax-H3's timesteps go from 0 for noise to 1."""
+
 _OF_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 _DISTILLED = re.compile(
     r"lightning|turbo|fusionx|causvid|accvid|lightx2v|self[-_ ]?forcing|fast(?=wan|hunyuan|mochi|ltx|cogvideo)"
@@ -84,12 +87,14 @@ def _class_of(pipe: Any, name: str) -> Any:
     import diffusers
 
     current = pipe.scheduler
-    known = FLOW if _is_flow(current) else DIFFUSION
+    own = type(current).__name__
+    known = (own,) if own in OF_ONE_MODEL else FLOW if _is_flow(current) else DIFFUSION
     fitting = [other for other in known if not _obstacle(pipe, getattr(diffusers, other))]
     if name not in known:
         if not (name.endswith("Scheduler") and hasattr(diffusers, name)):
             raise unknown_name("scheduler", name, fitting)
         kind = "a flow with a call a step" if _is_flow(current) else "CogVideoX's betas"
+        kind = f"as {own} does" if own in OF_ONE_MODEL else kind
         raise _incompatible(pipe, name, f"it does not sample {kind}", fitting)
     chosen = getattr(diffusers, name)
     if reason := _obstacle(pipe, chosen):

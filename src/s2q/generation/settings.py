@@ -92,9 +92,9 @@ def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> G
     Raises:
         InvalidInputError: If the smallest video of the model has more.
     """
-    stride = _frame_stride(pipe)
-    while video_tokens(pipe, settings) > max_tokens and settings.num_frames > stride + 1:
-        settings = replace(settings, num_frames=(settings.num_frames - 2) // stride * stride + 1)
+    stride, first, least = _frame_counts(pipe)
+    while video_tokens(pipe, settings) > max_tokens and settings.num_frames - stride >= least:
+        settings = replace(settings, num_frames=(settings.num_frames - first - 1) // stride * stride + first)
     step, sides = _side_step(pipe), (settings.height, settings.width)
     smaller, eighths = settings, 8
     while video_tokens(pipe, smaller) > max_tokens and eighths > 1:
@@ -229,15 +229,24 @@ def token_frames(pipe: Any, settings: GenerationSettings) -> int:
 
 def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
     """Return the number of latent frames, a reference's included, made up to whole patches as the pipelines do."""
-    frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1 + family_of(pipe.transformer).reference_frames
+    family = family_of(pipe.transformer)
+    if (groups := family.frame_groups) is not None:
+        frames = (settings.num_frames - groups.first_frames) // groups.frames * groups.latents + groups.first_latents
+    else:
+        frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1 + family.reference_frames
     return frames + -frames % patch_sizes(pipe)[0]
 
 
 def latent_channels(pipe: Any) -> int:
-    """Return the channels of the latents: those that the transformer predicts (it may see those of an image too)."""
+    """Return the channels of the latents: those that the transformer predicts (it may see those of an image too).
+
+    Of a packed sequence they are those of a token.
+    """
     config = pipe.transformer.config
     names = ("out_channels", "out_visual_dim", "in_channels")
-    return int(next(value for value in (getattr(config, name, None) for name in names) if value))
+    channels = int(next(value for value in (getattr(config, name, None) for name in names) if value))
+    is_packed = family_of(pipe.transformer).latents == "packed"
+    return channels * math.prod(token_patch(pipe.transformer)) if is_packed else channels
 
 
 def patch_sizes(pipe: Any) -> tuple[int, int]:
@@ -279,8 +288,8 @@ def _guider_defaults(pipe: Any) -> dict[str, Any]:
 
 def _check_steps(pipe: Any, settings: GenerationSettings) -> None:
     """Refuse a scheduler that does not fit, more steps than it has timesteps, and steps that no transformer takes."""
-    steps, limit = settings.num_inference_steps, int(scheduler_of(pipe, settings).config.num_train_timesteps)
-    if steps > limit:
+    steps, limit = settings.num_inference_steps, scheduler_of(pipe, settings).config.get("num_train_timesteps")
+    if limit is not None and steps > limit:
         raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, use fewer")
     steps_of_transformers(pipe, settings)
 
@@ -312,17 +321,27 @@ def _check_frames(pipe: Any, num_frames: int) -> None:
         raise InvalidInputError(
             f"num_frames: got {num_frames}; the transformer has learned positions for {config.sample_frames} only"
         )
-    stride = _frame_stride(pipe)
-    if (num_frames - 1) % stride:
-        lower = (num_frames - 1) // stride * stride + 1
+    groups = family_of(pipe.transformer).frame_groups
+    if groups is not None and not groups.least <= num_frames <= groups.most:
         raise InvalidInputError(
-            f"num_frames: got {num_frames}; this VAE decodes {stride} n + 1 frames: use {lower} or {lower + stride}"
+            f"num_frames: got {num_frames}; {type(pipe).__name__} makes {groups.least} to {groups.most} frames"
+        )
+    stride, first, _ = _frame_counts(pipe)
+    if (num_frames - first) % stride:
+        lower = (num_frames - first) // stride * stride + first
+        raise InvalidInputError(
+            f"num_frames: got {num_frames}; this VAE decodes {stride} n + {first} frames: use {lower} or "
+            f"{lower + stride}"
         )
 
 
-def _frame_stride(pipe: Any) -> int:
-    """The k of the numbers of frames that a VAE decodes, k n + 1."""
-    return vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+def _frame_counts(pipe: Any) -> tuple[int, int, int]:
+    """The k and the f of the numbers of frames that a VAE decodes, k n + f, and the least that has a motion."""
+    groups = family_of(pipe.transformer).frame_groups
+    if groups is not None:
+        return groups.frames, groups.first_frames, groups.least
+    stride = vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+    return stride, 1, stride + 1
 
 
 def _side_step(pipe: Any) -> int:

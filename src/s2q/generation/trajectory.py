@@ -123,7 +123,7 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
             if name not in ("return_dict", "attention_kwargs") and value is not None
         }
         prediction = prediction_of(output)
-        timestep = float(kwargs["timestep"].max())  # tokens of an image have 0
+        timestep = _timestep_of(kwargs)
         answer = prediction.detach().to("cpu", copy=True)
         calls.append(TransformerCall(transformer=component, timestep=timestep, inputs=inputs, output=answer))
 
@@ -132,6 +132,14 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
             hook = functools.partial(remember, component)
             stack.callback(transformer.register_forward_hook(hook, with_kwargs=True).remove)
         yield calls
+
+
+def _timestep_of(arguments: Mapping[str, Any]) -> float:
+    """The timestep of the video in a call, 0 (clean) to 999 (noise); tokens of an image have 0."""
+    if "timestep_indices" in arguments:  # a packed sequence, the video at its end, with timesteps from 0 (noise) to 1
+        last = arguments["timestep"][arguments["timestep_indices"][-1]]
+        return 1000 * (1 - float(last))
+    return float(arguments["timestep"].max())
 
 
 def prediction_of(output: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ from s2q.models.hunyuanvideo15 import HUNYUANVIDEO15
 from s2q.models.kandinsky5 import KANDINSKY5
 from s2q.models.ltx import LTX
 from s2q.models.ltx2 import LTX2
+from s2q.models.minimax_h3 import MINIMAX_H3
 from s2q.models.mochi import MOCHI
 from s2q.models.sana_video import SANA_VIDEO
 from s2q.models.skyreels_v2 import SKYREELS_V2
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
         KANDINSKY5,
         LTX,
         LTX2,
+        MINIMAX_H3,
         MOCHI,
         SANA_VIDEO,
         SKYREELS_V2,

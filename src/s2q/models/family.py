@@ -51,6 +51,27 @@ class ImageToVideo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameGroups:
+    """Numbers of frames that a VAE decodes, where they are not k n + 1: `frames` n + `first_frames`, within limits.
+
+    Attributes:
+        frames: Frames of a group.
+        latents: Latent frames of a group.
+        first_frames: Frames beside the groups.
+        first_latents: Their latent frames.
+        least: Fewest frames that the pipeline makes.
+        most: Most frames.
+    """
+
+    frames: int
+    latents: int
+    first_frames: int
+    first_latents: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of transformers that share their structure; one file a family.
 
@@ -73,7 +94,9 @@ class Family:
             them, and calibration finds a block's inputs by running the transformer up to it.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
         latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], "channels
-            last" [f, h, w, C], or "tokens" [f · h · w, C].
+            last" [f, h, w, C], or "tokens" [f · h · w, C]. "packed" is a sequence of text, sound and video as one
+            stream, by the indices of each (`s2q.core.tokens`); the latents [f · h · w, C] are those of its tokens.
+        frame_groups: Numbers of frames that the VAE decodes; None for those of its factor, k n + 1.
         reference_frames: Latent frames in front of those of the video, which the pipeline does not decode.
         size_multiple: What the pipeline itself asks of height and width, in pixels.
         guidance: The two branches of classifier-free guidance: "batched" in one call, unconditional rows first; in "two
@@ -112,7 +135,7 @@ class Family:
     attention: str
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]
-    latents: Literal["frames first", "channels first", "channels last", "tokens"]
+    latents: Literal["frames first", "channels first", "channels last", "tokens", "packed"]
     size_multiple: int
     guidance: Literal["batched", "two calls", "guider", "apart", "embedded"]
     text_tokens: int
@@ -121,6 +144,7 @@ class Family:
     image_linears: tuple[str, ...] = ()
     audio_linears: tuple[str, ...] = ()
     linear_attention: bool = False
+    frame_groups: FrameGroups | None = None
     reference_frames: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
     frames_argument: str = "num_frames"

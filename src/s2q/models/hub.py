@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from s2q.common.errors import InvalidInputError, first_line
+from s2q.pipelines.index import modular_components
 
 MAIN = "main"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,19 @@ class HubId:
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
-    def pipeline_folder(self, variant: str | None, *, without: Iterable[str] = ()) -> Path:
+    def pipeline_folder(self, variant: str | None, *, index: Mapping[str, Any], without: Iterable[str] = ()) -> Path:
         """Return a cached snapshot with the files, and only those, that the pipeline loads.
 
         Args:
             variant: Of the weights.
+            index: Of the pipeline (`s2q.pipelines`).
             without: Components that come from elsewhere.
         """
         from diffusers import DiffusionPipeline
 
         given = dict.fromkeys(without)
+        if components := modular_components(index):
+            return self.snapshot(complete=False, components=set(components) - set(given))
         try:
             return Path(
                 DiffusionPipeline.download(
@@ -65,14 +71,17 @@ class HubId:
         """Return the same repository at the commit of a snapshot, after which huggingface_hub names its folder."""
         return HubId(self.repo, snapshot.name) if _COMMIT.fullmatch(snapshot.name) else self
 
-    def snapshot(self, *, complete: bool) -> Path:
-        """Return a cached snapshot, with all files or with at least those of the configuration."""
+    def snapshot(self, *, complete: bool, components: Iterable[str] = ()) -> Path:
+        """Return a cached snapshot, with all files or with at least those of the configuration and of components."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            patterns = None if complete else _SETUP_PATTERNS
-            return Path(snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns))
+            patterns = None if complete else [*_SETUP_PATTERNS, *(f"{name}/*" for name in sorted(components))]
+            ignored = None if complete else _PICKLES
+            return Path(
+                snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns, ignore_patterns=ignored)
+            )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise self._error(error) from error
 

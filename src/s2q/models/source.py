@@ -43,6 +43,7 @@ from s2q.models.originals import (
     with_originals,
 )
 from s2q.models.quantized import CONVERTED, already_quantized, full_precision_origin
+from s2q.pipelines import find_index, load_pipeline, pipeline_type, read_index
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -134,10 +135,8 @@ class ModelSource:
         return getattr(diffusers, self.transformer_configs[component]["_class_name"])
 
     def pipeline_type(self) -> Any:
-        """Return the class of the pipeline, of diffusers."""
-        import diffusers
-
-        return getattr(diffusers, self.index["_class_name"])
+        """Return the class of the pipeline (`s2q.pipelines`)."""
+        return pipeline_type(self.index["_class_name"])
 
     def file_names(self, component: str) -> set[str]:
         """Return the names of the files of a component, downloaded or not."""
@@ -189,7 +188,7 @@ class ModelSource:
     def _downloaded(self) -> ModelSource:
         if self.hub is None:
             return self
-        folder = self.hub.pipeline_folder(self.variant, without=self.originals)
+        folder = self.hub.pipeline_folder(self.variant, index=self.index, without=self.originals)
         return replace(self, folder=folder, hub_names=None)
 
     def complete_folder(self) -> Path:
@@ -269,10 +268,10 @@ class ModelSource:
         """
         check_folder(self.folder, self.index)
         try:
-            pipeline_type = self.pipeline_type()
-            taken = inspect.signature(pipeline_type).parameters.keys() & self.index.keys() - components.keys()
+            pipeline_class = self.pipeline_type()
+            taken = inspect.signature(pipeline_class).parameters.keys() & self.index.keys() - components.keys()
             parts = {name: self._meta_part(name, self.index[name]) for name in taken}
-            pipe: DiffusionPipeline = pipeline_type(**parts, **components)
+            pipe: DiffusionPipeline = pipeline_class(**parts, **components)
         except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             logger.info("%s: the pipeline cannot be built without weights (%s)", self.name, first_line(error))
             return None
@@ -321,8 +320,6 @@ class ModelSource:
         return pipe.to(device)
 
     def _load(self, dtype: torch.dtype) -> DiffusionPipeline:
-        from diffusers import DiffusionPipeline
-
         check_folder(self.folder, self.index)
         for component in self.component_classes.keys() - self.originals.keys():
             tensors = read_headers(self.weight_files(component))  # a truncated file is named
@@ -336,13 +333,8 @@ class ModelSource:
         remedy = f"{', '.join(foreign)}: see what that needs" if foreign else _REMEDY
         try:
             with other_components(self) as folder:
-                return DiffusionPipeline.from_pretrained(
-                    folder,
-                    dtype=dtype,
-                    variant=self.variant,
-                    use_safetensors=True,  # never a pickle
-                    **load_originals(self, dtype),
-                )
+                originals = load_originals(self, dtype)
+                return load_pipeline(folder, self.index, dtype=dtype, variant=self.variant, components=originals)
         except Exception as error:
             raise loading_error(self.folder, error, remedy=remedy) from error
 
@@ -439,7 +431,7 @@ def check_full_precision(source: ModelSource) -> None:
 
 
 def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "hub"]) -> ModelSource:
-    index_path = folder / "model_index.json"
+    index_path = find_index(folder)
     if not index_path.is_file():
         if any((folder / adapter).is_file() for adapter in _ADAPTER_FILES):
             raise InvalidInputError(
@@ -447,9 +439,9 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
                 "pipeline"
             )
         raise InvalidInputError(
-            f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
+            f"{folder} is not a diffusers pipeline: it has no {index_path.name}; pass the pipeline's folder"
         )
-    index = read_json(index_path, remedy=_REMEDY)
+    index = read_index(folder, remedy=_REMEDY)
     check_index(index_path, index)
     known = _component_classes(index)
     classes = {component: known[component][1] for component in TRANSFORMERS if component in known}

@@ -63,15 +63,18 @@ def workload_of(
         settings = calibration_settings(pipe, group, recommended=recommended)
         scheduler = described(scheduler_of(pipe, settings))
         called = steps_of_transformers(pipe, settings)
-    branches = recorded_branches(pipe, settings)
+    branches, family = recorded_branches(pipe, settings), family_of(pipe.transformer)
+    tokens, text, sound = video_tokens(pipe, settings), text_tokens(pipe, settings), _audio_tokens(pipe, settings)
+    if family.latents == "packed":  # one stream
+        tokens, text, sound = tokens + text + sound, 0, 0
     return Workload(
-        tokens=video_tokens(pipe, settings),
+        tokens=tokens,
         frames=token_frames(pipe, settings),
-        text_tokens=text_tokens(pipe, settings),
+        text_tokens=text,
         image_tokens=image_tokens(pipe),
-        audio_tokens=_audio_tokens(pipe, settings),
+        audio_tokens=sound,
         branches=branches,
-        rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
+        rows=branches if family.guidance == "batched" else 1,
         components=components,
         steps=settings.num_inference_steps,
         called=called,
@@ -83,7 +86,9 @@ def _audio_tokens(pipe: Any, settings: GenerationSettings) -> int:
     """Tokens of the sound of a video, as the pipeline counts them; 0 of a pipeline without sound."""
     if getattr(pipe, "audio_vae", None) is None:
         return 0
-    rate = pipe.audio_sampling_rate / pipe.audio_hop_length / pipe.audio_vae_temporal_compression_ratio
+    rate = getattr(pipe, "audio_tokens_per_second", None)
+    if rate is None:
+        rate = pipe.audio_sampling_rate / pipe.audio_hop_length / pipe.audio_vae_temporal_compression_ratio
     return round(settings.num_frames / family_of(pipe.transformer).frame_rate * rate)
 
 

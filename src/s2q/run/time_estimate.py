@@ -140,7 +140,7 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
 
 def _steps_with(teacher: Teacher, settings: GenerationSettings, calls: int) -> int:
     """The fewest denoising steps in which every transformer is called so often."""
-    limit = int(teacher.pipe.scheduler.config.num_train_timesteps)
+    limit = int(teacher.pipe.scheduler.config.get("num_train_timesteps") or settings.num_inference_steps)
     for steps in range(calls, limit + 1):
         shared = steps_of_transformers(teacher.pipe, replace(settings, num_inference_steps=steps))
         if all(shared[transformer.component] >= calls for transformer in teacher.transformers):
