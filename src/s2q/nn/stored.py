@@ -90,13 +90,12 @@ class StoredLinear(nn.Linear):
         if scheme.weight.has_table:
             group_scale = frozen(torch.empty(grouped, dtype=torch.int8, device=device))
         per_group = isinstance(scheme.weight.granularity, PerGroup) and group_scale is None
+        # first, because diffusers takes the dtype of a layer from its first floating parameter
+        self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
         self.register_parameter("weight", frozen(torch.empty(out_features, width, dtype=torch.uint8, device=device)))
         scale = torch.empty(grouped if per_group else (out_features,), dtype=torch.float32, device=device)
         self.weight_scale = frozen(scale)
         self.register_parameter("weight_group_scale", group_scale)
-        self.register_parameter("bias", None)
-        if bias:
-            self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device))
         dtypes = packed_dtypes()
         shapes = self.path.shapes(in_features, out_features)
         for name in stored_tensors():

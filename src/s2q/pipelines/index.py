@@ -23,12 +23,14 @@ class Modular:
     Attributes:
         module: Module of this package with its class.
         class_name: That class.
+        blocks: Class of diffusers with its steps.
         components: What is loaded of the model; others, such as a second transformer for another task, are left out.
         files: Further components, which checkpoints have as files: text to video does not need them.
     """
 
     module: str
     class_name: str
+    blocks: str
     components: tuple[str, ...]
     files: tuple[str, ...] = ()
 
@@ -37,6 +39,7 @@ MODULAR = {
     "MiniMaxH3ModularPipeline": Modular(
         module="minimax_h3",
         class_name="MiniMaxH3Pipeline",
+        blocks="MiniMaxH3Blocks",
         components=("text_encoder", "tokenizer", "transformer", "vae", "audio_vae", "scheduler", "audio_scheduler"),
         files=("processor",),
     ),
@@ -86,7 +89,7 @@ def modular_index(
         name: [library, component, {"type_hint": [library, component], **_location(None, name)}]
         for name, (library, component) in entries.items()
     }
-    return {"_class_name": class_name, **options, **specs}
+    return {"_class_name": class_name, "_blocks_class_name": MODULAR[class_name].blocks, **options, **specs}
 
 
 def pinned_index(content: bytes, repo: str) -> bytes:
