@@ -121,8 +121,9 @@ def _attention_tokens(subject: Subject) -> int:
     """The tokens of a self-attention: those of the video, and of the text where they are in one sequence."""
     if isinstance(subject, SyntheticModel):
         joint = any(block_list.sees == "joint" for block_list in subject.block_lists)
-        video, text = subject.tokens, subject.text_tokens
+        video, text = subject.tokens, subject.beside_video or subject.text_tokens
     else:
-        joint = len(family_of(subject.transformer_class).joint_order) > 1
+        family = family_of(subject.transformer_class)
+        joint = len(family.joint_order) > 1 or family.is_packed
         video, text = source_tokens(subject)
     return video + text if joint else video

@@ -115,18 +115,18 @@ def block_inputs(
 
     Returns:
         Keyword arguments; `hidden_states` [B, N, d] and `encoder_hidden_states` [B, T, d], or what the family's blocks
-        call them, are always among them.
+        call them, are always among them, the text and the sound in the first where the family has one stream.
     """
     samples = model.batch if batch is None else batch
-    width = model.heads * model.head_dim
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
 
-    streams = {
-        model.family.block_argument("hidden_states"): normal(samples, tokens, width),
-        model.family.block_argument("encoder_hidden_states"): normal(samples, model.text_tokens, width),
-    }
+    video = model.family.block_argument("hidden_states")
+    streams = {video: normal(samples, tokens + model.beside_video, model.width)}
+    if not model.family.is_packed:
+        text = model.family.block_argument("encoder_hidden_states")
+        streams[text] = normal(samples, model.text_tokens, model.width)
     return streams | BLOCK_INPUTS[block_list.inputs](model, samples, tokens, normal)
 
 
@@ -134,7 +134,8 @@ def block_grid(model: SyntheticModel, *, tokens: int) -> TokenGrid:
     """Return a grid of N video tokens with as many frames as the model has, or the next smaller divisor of N."""
     text = token_layout(model.meta_transformer(blocks=1), model.family).text
     grid = video_grid(tokens, frames=model.frames)
-    return replace(grid, text_tokens=0 if text == "apart" else model.text_tokens, text=text)
+    beside = model.beside_video or model.text_tokens
+    return replace(grid, text_tokens=0 if text == "apart" else beside, text=text)
 
 
 def video_grid(tokens: int, *, frames: int) -> TokenGrid:
@@ -235,12 +236,21 @@ def _ltx2_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callabl
     }
 
 
+def _minimax_h3_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    """Two timesteps, of the video (which the text shares) and of the sound, each for three kinds of tokens."""
+    rows = torch.tensor([1] * model.text_tokens + [3 + 2] * model.audio_tokens + [0] * tokens)
+    angles = normal(len(rows), 6 * int(model.config["rope_freq_dim"]), dtype=torch.float32)
+    temb = normal(2, int(model.config["time_embed_dim"]), dtype=torch.float32)
+    return {"temb": temb, "adaln_indices": rows.to(temb.device), "rotary_emb": (angles.cos(), angles.sin())}
+
+
 BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "cogvideox": _cogvideox_inputs,
     "hunyuanvideo": _hunyuanvideo_inputs,
     "kandinsky5": _kandinsky5_inputs,
     "ltx": _ltx_inputs,
     "ltx-2": _ltx2_inputs,
+    "minimax-h3": _minimax_h3_inputs,
     "sana-video": _sana_inputs,
     "skyreels": _skyreels_inputs,
     "wan": _wan_inputs,

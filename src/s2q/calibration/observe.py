@@ -81,7 +81,7 @@ def observe(
             weights = token_weights(padded, lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
             by_stream = dict(zip(family.joint_order, weights.split(lengths, dim=1), strict=True))
             video, text = (_place(name, family.joint_order, lengths) for name in names)
-            if family.latents == "packed":
+            if family.is_packed:
                 video, text = _packed_places(samples, index)
             profile.add(sums, text=text)
             if index == mapped:

@@ -245,8 +245,7 @@ def latent_channels(pipe: Any) -> int:
     config = pipe.transformer.config
     names = ("out_channels", "out_visual_dim", "in_channels")
     channels = int(next(value for value in (getattr(config, name, None) for name in names) if value))
-    is_packed = family_of(pipe.transformer).latents == "packed"
-    return channels * math.prod(token_patch(pipe.transformer)) if is_packed else channels
+    return channels * math.prod(token_patch(pipe.transformer)) if family_of(pipe.transformer).is_packed else channels
 
 
 def patch_sizes(pipe: Any) -> tuple[int, int]:

@@ -176,6 +176,11 @@ class Family:
         return self.block_arguments.get(name, name)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether text, sound and video are one stream."""
+        return self.latents == "packed"
+
+    @property
     def latent_channel_dim(self) -> int:
         """The channel dimension of the latents of one video."""
         return {"channels first": 0, "channels last": 3}.get(self.latents, 1)
@@ -208,7 +213,9 @@ class BlockLinear:
 def token_layout(transformer: nn.Module, family: Family) -> TokenLayout:
     """Return how a transformer, maybe on the meta device, makes a sequence of tokens of its arguments."""
     text: Literal["before", "after", "apart"] = "apart"
-    if len(family.joint_order) > 1:
+    if family.is_packed:
+        text = "before"
+    elif len(family.joint_order) > 1:
         text = "before" if family.joint_order[0] == "encoder_hidden_states" else "after"
     return TokenLayout(latents=family.latents, patch=token_patch(transformer), text=text)
 

@@ -88,6 +88,16 @@ class SyntheticModel:
         """D."""
         return attention_heads(self.config)[1]
 
+    @property
+    def width(self) -> int:
+        """d; that of the heads together, if the configuration has no other."""
+        return int(self.config.get("hidden_size", self.heads * self.head_dim))
+
+    @property
+    def beside_video(self) -> int:
+        """Tokens of text and sound that are in one stream with those of the video."""
+        return self.text_tokens + self.audio_tokens if self.family.is_packed else 0
+
     def meta_transformer(self, *, blocks: int | None = None) -> nn.Module:
         """Build the transformer on the meta device, with `blocks` blocks in each list (None: as the model has)."""
         import diffusers
@@ -109,7 +119,7 @@ class SyntheticModel:
             return self.text_tokens
         if linear in self.family.audio_linears:
             return self.audio_tokens
-        return tokens + self.text_tokens if block_list.sees == "joint" else tokens
+        return tokens + (self.beside_video or self.text_tokens) if block_list.sees == "joint" else tokens
 
 
 def attention_heads(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -445,8 +445,8 @@ def _block_shape(
     def rows(linear: BlockLinear) -> int:
         if linear.sees_audio:
             return workload.audio_tokens
-        text = workload.conditioning_tokens
-        return text if linear.sees_text else workload.tokens + text
+        text, sound = workload.conditioning_tokens, workload.audio_tokens if family.is_packed else 0
+        return text if linear.sees_text else workload.tokens + text + sound
 
     first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
@@ -491,8 +491,9 @@ def _attention(block: nn.Module, family: Family, workload: Workload) -> tuple[tu
 
 def _stream_tokens(workload: Workload, family: Family) -> dict[str, int]:
     """Tokens of each stream of a block, by the name of its argument."""
+    others = workload.conditioning_tokens + workload.audio_tokens if family.is_packed else 0
     return {
-        family.block_argument("hidden_states"): workload.tokens,
+        family.block_argument("hidden_states"): workload.tokens + others,
         "control_hidden_states": workload.tokens,
         family.block_argument("encoder_hidden_states"): workload.conditioning_tokens,
         "audio_hidden_states": workload.audio_tokens,

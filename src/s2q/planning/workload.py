@@ -63,18 +63,15 @@ def workload_of(
         settings = calibration_settings(pipe, group, recommended=recommended)
         scheduler = described(scheduler_of(pipe, settings))
         called = steps_of_transformers(pipe, settings)
-    branches, family = recorded_branches(pipe, settings), family_of(pipe.transformer)
-    tokens, text, sound = video_tokens(pipe, settings), text_tokens(pipe, settings), _audio_tokens(pipe, settings)
-    if family.latents == "packed":  # one stream
-        tokens, text, sound = tokens + text + sound, 0, 0
+    branches = recorded_branches(pipe, settings)
     return Workload(
-        tokens=tokens,
+        tokens=video_tokens(pipe, settings),
         frames=token_frames(pipe, settings),
-        text_tokens=text,
+        text_tokens=text_tokens(pipe, settings),
         image_tokens=image_tokens(pipe),
-        audio_tokens=sound,
+        audio_tokens=_audio_tokens(pipe, settings),
         branches=branches,
-        rows=branches if family.guidance == "batched" else 1,
+        rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         components=components,
         steps=settings.num_inference_steps,
         called=called,
