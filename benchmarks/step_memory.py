@@ -43,6 +43,7 @@ MODELS = (
     "kandinsky5-lite",
     "ltx-2",
     "ltx-2b",
+    "minimax-h3",
     "sana-video-2b",
     "wan-1.3b",
     "wan-14b",

@@ -25,7 +25,7 @@ from s2q.benchmark.micro import BF16, result_of
 from s2q.benchmark.pipeline_steps import PROMPT, full_precision_pipeline
 from s2q.benchmark.results import identity
 from s2q.benchmark.steps import synthetic_tokens
-from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, synthetic_block
+from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, synthetic_block, token_positions
 from s2q.benchmark.timing import compete
 from s2q.blocks.distil import Optimization
 from s2q.blocks.reconstruct import BlockStudents, block_students, rounding_penalty
@@ -154,29 +154,30 @@ def synthetic_subject(
 ) -> Subject:
     """Return a block of a published model and random samples of it."""
     grid = block_grid(model, tokens=tokens)
-    sizes = {"num_frames": grid.frames, "height": grid.height, "width": grid.width}
+    positions = token_positions(model, grid)
     names = {name: model.family.block_argument(name) for name in ("hidden_states", "encoder_hidden_states")}
     of_transformer = {of_block: name for name, of_block in names.items()}
     drawn = [
         block_inputs(model, block_list, tokens=tokens, generator=generator, dtype=dtype, batch=1)
         for _ in range(samples)
     ]
-    calls = [{of_transformer.get(name, name): value for name, value in inputs.items()} | sizes for inputs in drawn]
+    calls = [{of_transformer.get(name, name): value for name, value in inputs.items()} | positions for inputs in drawn]
     return Subject(
         transformer=_BlockAlone(block, names),
         block_names=[_BlockAlone.BLOCK],
         linears=linears_of_block(block, f"{block_list.name}.0", model.family),
         family=replace(model.family, streams=model.family.streams_of(f"{block_list.name}.0")),
         calls=calls,
-        tokens=TokenLayout(latents="tokens", patch=(1, 1, 1), text=grid.text),
+        tokens=TokenLayout(latents="packed" if model.family.is_packed else "tokens", patch=(1, 1, 1), text=grid.text),
         blocks=sum(blocks.count for blocks in model.block_lists),
     )
 
 
 class _BlockAlone(nn.Module):
-    """A transformer that is one block: called with the arguments of the block, and with the sizes of the video.
+    """A transformer that is one block: called with the arguments of the block, and with the positions of the tokens.
 
-    A block that needs the sizes too gets them. `names` are those of its arguments by those of a transformer's.
+    A block that needs the sizes of the video too gets them. `names` are those of its arguments by those of a
+    transformer's.
     """
 
     BLOCK = "block"
@@ -187,10 +188,10 @@ class _BlockAlone(nn.Module):
         self.block, self.config = block, SimpleNamespace(patch_size=1)  # of the sizes that it is called with
         self._takes = inspect.signature(block.forward).parameters
 
-    def forward(self, *, num_frames: int, height: int, width: int, return_dict: bool, **inputs: Any) -> Any:
-        sizes = {"frames": num_frames, "height": height, "width": width}
-        named = {self._names.get(name, name): value for name, value in inputs.items()}
-        return self.block(**{name: size for name, size in sizes.items() if name in self._takes} | named)
+    def forward(self, *, return_dict: bool, **inputs: Any) -> Any:
+        names = self._names | {"num_frames": "frames"}
+        named = {names.get(name, name): value for name, value in inputs.items()}
+        return self.block(**{name: value for name, value in named.items() if name in self._takes})
 
 
 def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:

@@ -138,6 +138,19 @@ def block_grid(model: SyntheticModel, *, tokens: int) -> TokenGrid:
     return replace(grid, text_tokens=0 if text == "apart" else beside, text=text)
 
 
+def token_positions(model: SyntheticModel, grid: TokenGrid) -> dict[str, Any]:
+    """Return the arguments of a transformer's call that say where its tokens are: sizes, or coordinates on the CPU."""
+    sizes = grid.frames, grid.height, grid.width
+    if not model.family.is_packed:
+        return dict(zip(("num_frames", "height", "width"), sizes, strict=True))
+    video = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+    return {
+        "position_ids": torch.cat([torch.zeros(grid.text_tokens, 3, dtype=video.dtype), video]),
+        "video_indices": torch.arange(grid.text_tokens, grid.text_tokens + len(video)),
+        "text_indices": torch.arange(model.text_tokens),
+    }
+
+
 def video_grid(tokens: int, *, frames: int) -> TokenGrid:
     """Return a grid of N video tokens without text, of so many frames, or the next smaller divisor of N."""
     frames = _divisor(tokens, most=frames)

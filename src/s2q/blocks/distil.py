@@ -259,7 +259,10 @@ def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
         return loss
     assert sample.grid is not None
     video, channels = sample.video, sample.outputs[sample.video].shape[-1]
-    return loss + temporal * channels * temporal_loss(outputs[video], sample.outputs[video], frames=sample.grid.frames)
+    grid, of_video = sample.grid, (outputs[video], sample.outputs[video])
+    first = grid.offset(of_video[0].shape[1]) or 0  # behind the text where both are one stream
+    parts = (tokens[:, first : first + grid.tokens] for tokens in of_video)
+    return loss + temporal * channels * temporal_loss(*parts, frames=grid.frames)
 
 
 def _learnable(student: nn.Module, options: Distillation | Refinement) -> list[dict[str, Any]]:

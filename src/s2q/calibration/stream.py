@@ -168,9 +168,10 @@ class TeacherStream:
             paged(paged_blocks, self.device),
         ):
             for sample, call in enumerate(self.calls):
-                arguments = to_device(call(), self.device)
+                given = call()
                 if self.tokens is not None:
-                    self._grids.append(self.tokens.grid(arguments))
+                    self._grids.append(self.tokens.grid(given))
+                arguments = to_device(given, self.device)
                 moving, fixed = self._split(_first_call(self.transformer, reached, arguments))
                 self._moving.put(sample, moving)
                 self._fixed.append(distinct(fixed))

@@ -25,6 +25,7 @@ from s2q.models.hub import parse_hub_id
 from s2q.models.quantized import already_quantized, full_precision_origin, quantization_method
 from s2q.models.source import recommended_generation
 from s2q.models.timesteps import mean_timestep_row
+from s2q.pipelines import loading_class
 from s2q.planning.cost import Workload
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.planning.text_encoders import check_encoder
@@ -264,7 +265,7 @@ def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
         return location, embedded.embedded_folder(location)
     if location and Path(location).is_dir():
         return Path(location).resolve().name, Path(location)
-    return (location if parse_hub_id(location) else type(pipe).__name__), None
+    return (location if parse_hub_id(location) else loading_class(type(pipe).__name__)), None
 
 
 def _check_state(

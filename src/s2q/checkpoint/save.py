@@ -81,7 +81,7 @@ def save_checkpoint(
             pipelines.copy_files(records.base_folder, staged)
         card = render_model_card(
             *configs,
-            pipeline_class=type(pipe).__name__,
+            pipeline_class=pipelines.loading_class(type(pipe).__name__),
             source=records.source,
             revision=records.revision,
             recipe=records.recipe,

@@ -181,6 +181,10 @@ def model_argument(name: str, model: Any) -> Any:
         raise InvalidInputError(
             f"{name}: got {short_repr(model)}; expected a name, a folder, a Hub id or a loaded pipeline"
         )
+    if hasattr(model, "load_components"):
+        raise InvalidInputError(
+            f"{name}: got a {type(model).__name__}, a list of steps; pass the folder or the Hub id of its model"
+        )
     return model
 
 

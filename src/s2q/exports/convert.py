@@ -47,6 +47,7 @@ from s2q.exports.target import LinearForm, decoded
 from s2q.exports.verify import check_read
 from s2q.models import block_linears, family_of
 from s2q.models.hub import parse_hub_id
+from s2q.pipelines import find_index
 
 _ORIGIN = ("base_model", "base_model_relation")
 """Front matter of a model card."""

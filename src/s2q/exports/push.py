@@ -25,6 +25,7 @@ from s2q.generation.load import require_checkpoint
 from s2q.models import resolve_model
 from s2q.models.hub import HubId, parse_hub_id
 from s2q.models.hub_upload import RemoteModel, check_access, downloaded, remote_model, write_model
+from s2q.pipelines import MODULAR_INDEX, pinned_index
 
 EVALUATION = (RECORDS / "eval.json").as_posix()
 VIDEOS = "videos"
@@ -162,6 +163,8 @@ def _files_of(
     if captions:  # in place of those of an earlier push
         copied = {name: path for name, path in copied.items() if not name.startswith(f"{VIDEOS}/")}
     made |= {f"{VIDEOS}/{path.name}": path for path in captions}
+    if MODULAR_INDEX in listed:
+        made[MODULAR_INDEX] = pinned_index((folder / MODULAR_INDEX).read_bytes(), hub.repo)
     text = _card_of(folder)
     made[CARD] = published_card(
         text,

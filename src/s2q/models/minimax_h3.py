@@ -1,9 +1,9 @@
 """MiniMax-H3: text, sound and video are one sequence that every block attends to as a whole.
 
-diffusers has a modular pipeline of it only, whose steps s2q runs (`s2q.pipelines.minimax_h3`): text to video with sound.
-The same transformer makes videos of a first or last frame. That of the references (`transformer_ref`) is not quantized.
-The sequence is [text | sound | video]. A call lists the timesteps of its tokens, 0 for noise and 1 for clean, and which
-token has which; video and sound have schedules of their own. adaLN linears read one row a timestep.
+diffusers has a modular pipeline of it only, whose steps s2q runs (`s2q.pipelines.minimax_h3`): text to video with
+sound. The same transformer makes videos of a first or last frame. The transformer for references (`transformer_ref`) is
+not quantized. The sequence is [text | sound | video]. A call lists the timesteps of its tokens, 0 for noise and 1 for
+clean, and which token has which; video and sound have schedules of their own. adaLN linears read one row a timestep.
 """
 
 from s2q.models.family import Family, FrameGroups

@@ -56,7 +56,9 @@ def load_pipeline(
     for name in [name for name, part in parts.items() if part is None]:
         parts[name] = _load(folder / name, *index[name], dtype=dtype, variant=variant)
     options = {name: value for name, value in index.items() if not (name.startswith("_") or isinstance(value, list))}
-    return pipeline_type(index["_class_name"])(**parts, **options)
+    pipe = pipeline_type(index["_class_name"])(**parts, **options)
+    pipe.register_to_config(_name_or_path=str(folder))
+    return pipe
 
 
 def _load(folder: Path, library: str, class_name: str, *, dtype: torch.dtype, variant: str | None) -> Any:
