@@ -15,6 +15,7 @@ from hub_server import READ_ONLY, TOKEN, Repo, hub_server
 from s2q.cli import run
 from s2q.common.cards import front_matter
 from s2q.common.errors import InvalidInputError, S2QError
+from tiny import tiny_pipeline
 
 REPO = "acme/tiny-w4a8"
 
@@ -37,6 +38,19 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield contents
+
+
+def online(address, home):
+    """The environment of a process for which the stand-in is the Hub."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
 
 @pytest.fixture
@@ -389,15 +403,7 @@ def test_the_command_pushes_and_a_revision_is_loaded_from_the_hub(checkpoint, me
             ["inspect", f"{REPO}@main", "--verify"],
             ["generate", "-m", f"{REPO}@v2", *generate],
         ]
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "TRANSFORMERS_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        environment = online(address, tmp_path / "home")
         done = subprocess.run(
             [sys.executable, "-c", code, json.dumps(commands)],
             env=environment,
@@ -411,3 +417,33 @@ def test_the_command_pushes_and_a_revision_is_loaded_from_the_hub(checkpoint, me
     assert f"s2q generate -m {REPO}@v2 --prompt TEXT" in done.stderr
     assert list((tmp_path / "out").glob("*.mp4"))
     assert contents.repos[REPO].branches.keys() == {"main", "v2"}
+
+
+@pytest.mark.slow
+def test_a_modular_pipeline_is_loaded_from_where_it_was_pushed(tmp_path):
+    tiny_pipeline("minimax-h3").save_pretrained(tmp_path / "model")
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a8", out=tmp_path / "out")
+    code = """
+import sys
+import s2q
+from diffusers import ModularPipeline
+s2q.push(sys.argv[1], repo="acme/h3-w4a8")
+ours, theirs = s2q.load("acme/h3-w4a8"), ModularPipeline.from_pretrained("acme/h3-w4a8")
+theirs.load_components(names=["transformer", "vae"])
+linears = [pipe.transformer.transformer_blocks[0].attn.to_q for pipe in (ours, theirs)]
+print([linear.scheme.name for linear in linears], theirs.vae is not None)
+"""
+    with hub_server() as (address, contents):
+        environment = online(address, tmp_path / "home")
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "out")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        names = contents.repos["acme/h3-w4a8"].files("main")
+    assert done.stdout.splitlines()[-1] == "['w4a8', 'w4a8'] True", done.stderr
+    index = json.loads(names["modular_model_index.json"])
+    assert index["vae"][2]["pretrained_model_name_or_path"] == "acme/h3-w4a8"

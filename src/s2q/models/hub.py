@@ -18,7 +18,7 @@ MAIN = "main"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_COMPONENT_PATTERNS = ("*.safetensors", "*.txt", "*.model", "*.jinja")  # beside what the set-up has
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,9 @@ class HubId:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            patterns = None if complete else [*_SETUP_PATTERNS, *(f"{name}/*" for name in sorted(components))]
-            ignored = None if complete else _PICKLES
-            return Path(
-                snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns, ignore_patterns=ignored)
-            )
+            of_components = [f"{name}/{pattern}" for name in sorted(components) for pattern in _COMPONENT_PATTERNS]
+            patterns = None if complete else [*_SETUP_PATTERNS, *of_components]
+            return Path(snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise self._error(error) from error
 
