@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import diffusers
 from markdown_tables import table_head, table_row
 from published import GIB, GPUS, on_gpu, plan_of, planned_hours, planned_peak, published_models
 
 from s2q.exports.layout import LAYOUTS
 from s2q.models import FAMILIES
 from s2q.models.family import Family
+from s2q.pipelines import loading_class, pipeline_type
 
 RECIPES = ("s2q-w4a6", "s2q-table-w4a8")
 TIMED = (
@@ -73,6 +73,6 @@ def modes_table(page: str) -> str:
             videos = " and ".join(video.replace("_", " ") for video in known.videos)
             modes[known.pipeline_class] = f"image{', ' * bool(videos)}{videos} to video"
         for pipeline, mode in modes.items():
-            lora = "yes" if hasattr(getattr(diffusers, pipeline), "load_lora_weights") else "no loader in diffusers"
-            lines.append(table_row(f"`{pipeline}`", [mode, lora, formats]))
+            lora = "yes" if hasattr(pipeline_type(pipeline), "load_lora_weights") else "no loader in diffusers"
+            lines.append(table_row(f"`{loading_class(pipeline)}`", [mode, lora, formats]))
     return "\n".join(lines)

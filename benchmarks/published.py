@@ -13,6 +13,7 @@ from s2q.evaluation.paper import paper_tables
 from s2q.models import FAMILIES
 from s2q.models.family import ImageToVideo
 from s2q.models.synthetic import synthetic_model
+from s2q.pipelines import loading_class
 from s2q.planning import plan
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
 from s2q.planning.resolve import recipe_linears, resolve
@@ -162,7 +163,7 @@ def calls_table(_: str) -> str:
     for entry in published_models().values():
         call = entry["call"]
         sizes = [str(call[key]) for key in SIZES if key in call]
-        cells = [f"`{entry['pipeline']}`", entry["dtype"], " × ".join(sizes) or "default"]
+        cells = [f"`{loading_class(entry['pipeline'])}`", entry["dtype"], " × ".join(sizes) or "default"]
         cells += [str(call["num_inference_steps"]), str(call["guidance_scale"]), str(entry["fps"])]
         lines.append(table_row(entry["title"], cells))
     return "\n".join(lines)
@@ -223,14 +224,19 @@ def python_of(name: str) -> str:
     arguments = "".join(
         f"    {text},\n" for text in (subject, *files, *(f"{key}={value}" for key, value in call.items()))
     )
+    pipeline = entry["pipeline"]
+    if loading_class(pipeline) == pipeline:
+        imported = f"import s2q  # registers the quantizer with diffusers\nfrom diffusers import {pipeline}"
+        load = f"{pipeline}.from_pretrained"
+    else:  # one of s2q's own
+        imported, load = "import s2q", "s2q.load"
     return f'''```python
 import torch
 
-import s2q  # registers the quantizer with diffusers
-from diffusers import {entry["pipeline"]}
+{imported}
 from diffusers.utils import export_to_video{loaders}
 
-pipe = {entry["pipeline"]}.from_pretrained("{name}-w4a6", dtype=torch.{entry["dtype"]})
+pipe = {load}("{name}-w4a6", dtype=torch.{entry["dtype"]})
 pipe.enable_model_cpu_offload()
 pipe.vae.enable_tiling()
 video = pipe(

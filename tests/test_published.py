@@ -29,6 +29,7 @@ PIPELINES = {
     "Kandinsky5T2VPipeline": "kandinsky5",
     "LTXPipeline": "ltx",
     "LTX2Pipeline": "ltx-2",
+    "MiniMaxH3Pipeline": "minimax-h3",
     "MochiPipeline": "mochi",
     "SanaVideoPipeline": "sana-video",
     "SkyReelsV2Pipeline": "skyreels-v2",

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def pipeline_type(class_name: str) -> Any:
-    """Return the class that s2q runs for the pipeline class of an index: one of diffusers, or its stand-in here."""
+    """Return the class that s2q runs for the pipeline class of an index: one of diffusers, or its stand-in here.
+
+    The name of a stand-in is understood too.
+    """
     import diffusers
 
-    known = MODULAR.get(class_name)
+    known = MODULAR.get(loading_class(class_name))
     if known is None:
         return getattr(diffusers, class_name)
     return getattr(importlib.import_module(f"s2q.pipelines.{known.module}"), known.class_name)
