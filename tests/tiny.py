@@ -206,6 +206,7 @@ def shrunken(name: str) -> SyntheticModel:
     others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
     others |= {"audio_cross_attention_dim": 48, "added_kv_proj_dim": 96}
     others |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 48}
+    others |= {"hidden_size": 96, "rope_freq_dim": 8, "time_embed_dim": 96}
     small = {key: size for key, size in (small | others).items() if key in model.config}
     for argument in (blocks.argument for blocks in model.block_lists):
         small[argument] = [0, 1] if isinstance(model.config[argument], list) else 2

@@ -47,11 +47,11 @@ def test_the_layers_of_the_published_models():
 def test_a_shape_of_several_models_is_measured_once():
     models = [synthetic_model(name) for name in synthetic_names()]
     shapes = layer_shapes(models, rows=256)
-    assert len({entry.shape for entry in shapes}) == len(shapes) == 25
+    assert len({entry.shape for entry in shapes}) == len(shapes) == 29
     (shared,) = [one for one in shapes if one.shape == (256, 3072, 12288)]
     assert {"cogvideox-5b ff.net.0.proj", "hunyuanvideo proj_mlp"} <= set(shared.layers)
     attentions = attention_shapes(models, rows=256)
-    assert len(attentions) == 8
+    assert len(attentions) == 9
     assert (256, 28, 64) in {(shape.tokens, shape.heads, shape.head_dim) for shape in attentions}, "of Kandinsky 5"
     assert not any("sana-video-2b" in shape.models for shape in attentions), "whose attention is linear"
 

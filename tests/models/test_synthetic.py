@@ -21,6 +21,7 @@ PARAMETERS = {  # of the published weights
     "ltx-2": 18_876_174_592,
     "ltx-2.3": 18_988_838_144,
     "ltx-2b": 1_923_385_472,
+    "minimax-h3": 33_122_992_896,
     "sana-video-2b": 2_056_862_144,
     "skyreels-v2-14b": 14_288_491_584,
     "wan-1.3b": 1_418_996_800,

@@ -112,7 +112,7 @@ class SyntheticModel:
     def rows(self, block_list: BlockList, linear: str, *, tokens: int) -> int:
         """Return how many rows a linear, named inside its block, sees of one sample."""
         if linear in self.family.modulation:
-            return 1
+            return 2 if self.family.is_packed else 1  # the timesteps of video and sound
         if linear in self.family.image_linears:
             return self.image_tokens
         if linear in self.family.text_linears:

@@ -23,7 +23,7 @@ _AUDIO_CHANNELS = 2
 
 @dataclass
 class MiniMaxH3Output:
-    """What a call returns.
+    """Video and sound of a call.
 
     Attributes:
         frames: Videos in the form of `output_type`; of "latent" the latents [1, C, f, h, w], float32.
