@@ -106,11 +106,8 @@ def _qwen_and_sound(seed: int) -> dict[str, Any]:
     config = t.Qwen3VLConfig(
         text_config=text | {"rope_parameters": rope}, vision_config=vision | {"deepstack_visual_indexes": [0]}
     )
-    return {
-        "tokenizer": tokenizer(),
-        "text_encoder": t.Qwen3VLForConditionalGeneration(config),
-        "audio_scheduler": d.MiniMaxH3Scheduler(shift=3.0),
-        "audio_vae": d.AutoencoderKLMiniMaxH3Audio(
+    with torch.no_grad():  # weight_norm computes its weights here
+        audio_vae = d.AutoencoderKLMiniMaxH3Audio(
             encoder_dim=2,
             encoder_rates=(2, 4, 4, 5, 5),
             latent_dim=16,
@@ -122,7 +119,12 @@ def _qwen_and_sound(seed: int) -> dict[str, Any]:
             resblock_dilation_sizes=((1, 3, 5),),
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
-        ),
+        )
+    return {
+        "tokenizer": tokenizer(),
+        "text_encoder": t.Qwen3VLForConditionalGeneration(config),
+        "audio_scheduler": d.MiniMaxH3Scheduler(shift=3.0),
+        "audio_vae": audio_vae,
     }
 
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import s2q
 from emulation import emulator
 from s2q.recipes.load import load_recipe
 from s2q.run.report import QuantizationReport
-from tiny import tiny_call, tiny_pipeline, video_size
+from tiny import reloaded, tiny_call, tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
 MODELS = [name for name in TEXT_TO_VIDEO if name != "cogvideox rotary"]
@@ -101,7 +100,7 @@ def on_cpu(model, recipe, dtype=torch.float32, overrides=()):
 
 def load(folder, device, *, dtype=torch.float32):
     """A pipeline on a device."""
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe = reloaded(folder, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

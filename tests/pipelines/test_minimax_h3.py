@@ -102,6 +102,17 @@ def test_a_checkpoint_has_what_the_modular_pipeline_needs_and_loads_anywhere(mod
     assert not s2q.inspect(checkpoint, verify=True).problems
 
 
+def test_an_export_has_what_the_modular_pipeline_needs(checkpoint, tmp_path):
+    report = s2q.export(checkpoint, to="diffusers", out=tmp_path / "plain")
+    assert report.loading == "ModularPipeline.from_pretrained(OUT) and its load_components()"
+    pipe = by_diffusers(tmp_path / "plain")
+    assert type(pipe.transformer.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+    assert (tmp_path / "plain" / "processor" / "processor_config.json").is_file()
+    expected = videos(s2q.load(checkpoint), num_inference_steps=1).frames
+    found = videos(s2q.load(tmp_path / "plain"), num_inference_steps=1).frames
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
 def test_dtypes_are_those_of_full_precision(checkpoint):
     """The transformer asks its linears for their dtype and converts to it."""
     transformer = s2q.load(checkpoint).transformer

@@ -50,6 +50,7 @@ from s2q.generation.load import require_checkpoint
 from s2q.models import ModelSource, resolve_model
 from s2q.models.originals import from_original
 from s2q.nn import PackedLinear
+from s2q.pipelines import modular_components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +297,14 @@ class _Job:
         self.difference = max(self.difference, difference)
         self.written_bytes += sum(tensor.nbytes for tensor in read.values())
 
+    @property
+    def loading(self) -> str:
+        """How the export is loaded, for people; a modular pipeline loads its components in a second call."""
+        if not modular_components(self.source.index):
+            return self.target.loading
+        modular = "ModularPipeline.from_pretrained(OUT) and its load_components()"
+        return self.target.loading.replace("DiffusionPipeline.from_pretrained(OUT)", modular)
+
     def card(self) -> str:
         """Return the text of a model card."""
         config, *_ = self.configs.values()
@@ -303,7 +312,7 @@ class _Job:
             f"# {self.source.name}, for {self.target.name}\n\n"
             f"Quantized with s2q, recipe `{config.recipe}`, and exported by `s2q export --to {self.target.name}`:\n"
             f"{self.target.does}.\n\n"
-            f"Load it with `{self.target.loading}`.\n"
+            f"Load it with `{self.loading}`.\n"
         )
 
     def report(self, output: str) -> ExportReport:
@@ -317,7 +326,7 @@ class _Job:
             recipe=config.recipe,
             output=output,
             component=None if self.target.file is None else next(iter(self.configs)),
-            loading=self.target.loading,
+            loading=self.loading,
             linears=dict(Counter(self.target.kind(form) for form in forms)),
             storage={
                 "full_precision_bytes": self.full_bytes,

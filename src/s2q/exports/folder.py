@@ -19,7 +19,7 @@ from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD
 from s2q.common.weight_files import copy_component, weight_files
 from s2q.models import ModelSource
-from s2q.pipelines import INDEXES
+from s2q.pipelines import INDEXES, copy_files
 
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 _TOP = (*INDEXES, "generation.json", LICENCE)
@@ -49,6 +49,7 @@ def check_components(source: ModelSource, folder: Path, *, without: Collection[s
 def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Collection[str]) -> None:
     """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
     copy_top_files(folder, staged, *_TOP)
+    copy_files(folder, staged)
     for component, (library, _) in source.component_classes.items():
         if component not in without and (folder / component).is_dir():
             copy_component(folder / component, staged / component, library=library, variant=source.variant)
