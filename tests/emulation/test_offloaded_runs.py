@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 import s2q
 from emulation import runs
 from s2q.common.memory import paged
 from s2q.evaluation import evaluate, parallel
 from s2q.generation.offload import layers_of, leaving_device, pages_of, pipeline_on_device
-from tiny import tiny_pipeline, video_size
+from tiny import reloaded, tiny_pipeline, video_size
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +37,7 @@ def deep_folder(model):
 
 
 def load(model):
-    pipe = DiffusionPipeline.from_pretrained(deep_folder(model), dtype=torch.float32)
+    pipe = reloaded(deep_folder(model), torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -100,7 +99,7 @@ def test_workers_that_share_a_gpu_plan_with_their_part_of_its_memory(device, mon
 
 
 @pytest.mark.parametrize("way", ["model", "group"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "minimax-h3"])
 def test_components_are_on_the_gpu_only_while_they_compute(model, way, device):
     pipe = load(model)
     expected = runs.latents(pipe, output_type="pt")

@@ -59,7 +59,8 @@ def test_results_messages_and_logs_come_from_every_task(engine, caplog):
     results = dict(engine.map(process_tasks.describe, "abcde", on_message=messages.append))
     assert [results[index][0] for index in range(5)] == list("abcde")
     assert sorted(messages) == [("started", letter) for letter in "abcde"]
-    assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
+    told = [message for message in caplog.messages if not message.startswith("waiting for the Ray cluster")]
+    assert sorted(told) == [f"task {letter}" for letter in "abcde"]  # a busy machine starts workers late
     assert {(device, threads) for _, device, threads, _ in results.values()} == {("cpu", 1)}
     assert os.getpid() not in {pid for *_, pid in results.values()}
 

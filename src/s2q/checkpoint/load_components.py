@@ -47,6 +47,8 @@ def load_components(
         if not hasattr(component_class, "from_pretrained"):
             continue  # of a pipeline's own module, or unknown, which diffusers says
         component = folder / name
+        if not component.is_dir():  # or the name of a repository, for diffusers
+            raise InvalidInputError(f"{component} is missing; {REMEDY}")
         try:
             if issubclass(component_class, bases):
                 components[name] = load_model(component, component_class, library, dtype=dtype, variant=variant)

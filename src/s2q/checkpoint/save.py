@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2q import pipelines
 from s2q.checkpoint.config import S2QConfig
-from s2q.checkpoint.manifest import owned_files, write_manifest
+from s2q.checkpoint.manifest import owned_files, strange_files, write_manifest
 from s2q.checkpoint.model_card import render_model_card
 from s2q.common.cards import CARD
 from s2q.common.components import transformers_of
@@ -78,7 +78,7 @@ def save_checkpoint(
             clean_config(path)
         if records.base_folder is not None:
             copy_top_files(records.base_folder, staged, LICENCE)
-            pipelines.copy_files(records.base_folder, staged)
+            pipelines.copy_files(records.base_folder, staged, strange=strange_files(records.base_folder))
         card = render_model_card(
             *configs,
             pipeline_class=pipelines.loading_class(type(pipe).__name__),

@@ -46,7 +46,7 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
         )
     if isinstance(error, _CONFIGURATION) or _NO_CLASS in cause:
         return InvalidInputError(
-            f"{folder}: model_index.json or a configuration does not fit diffusers {metadata.version('diffusers')} and "
+            f"{folder}: its index or a configuration does not fit diffusers {metadata.version('diffusers')} and "
             f"transformers {metadata.version('transformers')} ({type(error).__name__}: {cause}); upgrade them, or save "
             "the model again"
         )

@@ -58,7 +58,7 @@ class TokenGrid:
 def cut_tokens(
     length: int, grid: TokenGrid | None, *, piece: int, cube_frames: int
 ) -> list[tuple[int, TokenGrid | None]]:
-    """Cut a sequence of tokens into pieces of at most so many, in order; return the length and grid of each.
+    """Cut a sequence of tokens into pieces of about so many, in order; return the length and grid of each.
 
     One that is not longer is one piece. Of others, text and video are in pieces of their own. The video is cut between
     frames, after multiples of `cube_frames`, so that cubes of so many frames stay whole; a piece has that many frames

@@ -299,7 +299,7 @@ class _Job:
 
     @property
     def loading(self) -> str:
-        """How the export is loaded, for people; a modular pipeline loads its components in a second call."""
+        """The call that loads the export, for people; a modular pipeline loads its components in a second call."""
         if not modular_components(self.source.index):
             return self.target.loading
         modular = "ModularPipeline.from_pretrained(OUT) and its load_components()"

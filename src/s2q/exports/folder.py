@@ -19,7 +19,7 @@ from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD
 from s2q.common.weight_files import copy_component, weight_files
 from s2q.models import ModelSource
-from s2q.pipelines import INDEXES, copy_files
+from s2q.pipelines import INDEXES, copy_files, modular_components
 
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 _TOP = (*INDEXES, "generation.json", LICENCE)
@@ -37,7 +37,7 @@ def converted_files(folder: Path) -> set[str] | None:
 
 def check_components(source: ModelSource, folder: Path, *, without: Collection[str]) -> None:
     """Refuse what `copy_components` would copy from outside of the folder, or from something that is no file."""
-    copied = source.component_classes.keys() - set(without)
+    copied = {*source.component_classes, *modular_components(source.index)} - set(without)
     for name, what in strange_files(folder).items():
         top = name.partition("/")[0]
         if top in copied or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*_TOP, CARD)):
@@ -49,7 +49,7 @@ def check_components(source: ModelSource, folder: Path, *, without: Collection[s
 def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Collection[str]) -> None:
     """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
     copy_top_files(folder, staged, *_TOP)
-    copy_files(folder, staged)
+    copy_files(folder, staged, strange=strange_files(folder))
     for component, (library, _) in source.component_classes.items():
         if component not in without and (folder / component).is_dir():
             copy_component(folder / component, staged / component, library=library, variant=source.variant)

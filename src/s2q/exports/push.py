@@ -23,7 +23,7 @@ from s2q.common.progress import Progress, silent
 from s2q.common.records import EVALUATION_VERSION, MANIFEST_VERSION, PUSH_VERSION, RECORDS
 from s2q.generation.load import require_checkpoint
 from s2q.models import resolve_model
-from s2q.models.hub import HubId, parse_hub_id
+from s2q.models.hub import MAIN, HubId, parse_hub_id
 from s2q.models.hub_upload import RemoteModel, check_access, downloaded, remote_model, write_model
 from s2q.pipelines import MODULAR_INDEX, pinned_index
 
@@ -164,7 +164,9 @@ def _files_of(
         copied = {name: path for name, path in copied.items() if not name.startswith(f"{VIDEOS}/")}
     made |= {f"{VIDEOS}/{path.name}": path for path in captions}
     if MODULAR_INDEX in listed:
-        made[MODULAR_INDEX] = pinned_index((folder / MODULAR_INDEX).read_bytes(), hub.repo)
+        made[MODULAR_INDEX] = pinned_index(
+            (folder / MODULAR_INDEX).read_bytes(), hub.repo, revision=None if hub.branch == MAIN else hub.branch
+        )
     text = _card_of(folder)
     made[CARD] = published_card(
         text,

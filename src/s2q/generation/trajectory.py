@@ -34,7 +34,7 @@ class TransformerCall:
 
     Attributes:
         transformer: Which one, by its component of the pipeline.
-        timestep: The scheduler's timestep, 0 (clean) to 999 (noise).
+        timestep: The scheduler's timestep, 0 (clean) to 1000 (noise).
         inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]` (channels first
             where the family has them so; more channels, behind those of the latent, where it takes an image too),
             `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is, such as `image_rotary_emb`.
@@ -135,7 +135,7 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
 
 
 def _timestep_of(arguments: Mapping[str, Any]) -> float:
-    """The timestep of the video in a call, 0 (clean) to 999 (noise); tokens of an image have 0."""
+    """The timestep of the video in a call, 0 (clean) to 1000 (noise); tokens of an image have 0."""
     if "timestep_indices" in arguments:  # a packed sequence, the video at its end, with timesteps from 0 (noise) to 1
         last = arguments["timestep"][arguments["timestep_indices"][-1]]
         return 1000 * (1 - float(last))

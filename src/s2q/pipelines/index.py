@@ -1,19 +1,28 @@
 """The index of a pipeline's folder: the class of the pipeline, and library and class of each component."""
 
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2q.common.files import canonical_json, read_json
+from s2q.common.errors import InvalidInputError, short_repr
+from s2q.common.files import atomic_write_json, canonical_json, read_json
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 MODULAR_INDEX = "modular_model_index.json"
 INDEXES = (INDEX, MODULAR_INDEX)
 _SPEC = 2
 """Position, in an entry of modular_model_index.json, of where the component is loaded from."""
+
+
+_LIBRARIES = ("diffusers", "transformers")
+_FILES = (".jinja", ".json", ".model", ".txt")
+"""Suffixes of what is copied of a component that is not loaded: no code, no weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +34,15 @@ class Modular:
         class_name: That class.
         blocks: Class of diffusers with its steps.
         components: What is loaded of the model; others, such as a second transformer for another task, are left out.
-        files: Further components, which checkpoints have as files: text to video does not need them.
+        files: Library and class of further components, which checkpoints have as files: diffusers' own pipeline loads
+            them, and text to video does not need them.
     """
 
     module: str
     class_name: str
     blocks: str
     components: tuple[str, ...]
-    files: tuple[str, ...] = ()
+    files: Mapping[str, tuple[str, str]]
 
 
 MODULAR = {
@@ -41,7 +51,7 @@ MODULAR = {
         class_name="MiniMaxH3Pipeline",
         blocks="MiniMaxH3Blocks",
         components=("text_encoder", "tokenizer", "transformer", "vae", "audio_vae", "scheduler", "audio_scheduler"),
-        files=("processor",),
+        files={"processor": ("transformers", "Qwen3VLProcessor")},
     ),
 }
 """The modular pipelines that s2q runs, by their class in diffusers."""
@@ -60,17 +70,22 @@ def read_index(folder: Path, *, remedy: str) -> dict[str, Any]:
 
     Returns:
         `[library, class]` of each component that is loaded, beside `_class_name` and the options of the pipeline.
+
+    Raises:
+        InvalidInputError: If it is damaged, or a modular pipeline that s2q does not run, or lacks a component.
     """
     path = find_index(folder)
     index = read_json(path, remedy=remedy)
     if path.name == INDEX:
         return index
     known = MODULAR.get(str(index.get("_class_name")))
-    return {
-        name: _plain(value) if _is_spec(value) else value
-        for name, value in index.items()
-        if known is None or not _is_spec(value) or name in known.components
-    }
+    if known is None:
+        raise InvalidInputError(
+            f"{path}: {short_repr(index.get('_class_name'))} is a modular pipeline of a kind that s2q does not run; "
+            f"expected {' or '.join(MODULAR)}, or a folder with {INDEX}"
+        )
+    options = {name: value for name, value in index.items() if not isinstance(value, list)}
+    return options | {name: _entry(path, name, index.get(name), remedy=remedy) for name in known.components}
 
 
 def modular_index(
@@ -85,19 +100,20 @@ def modular_index(
         entries: Library and class by component.
         options: Of the pipeline.
     """
-    specs = {
-        name: [library, component, {"type_hint": [library, component], **_location(None, name)}]
-        for name, (library, component) in entries.items()
-    }
+    specs = {name: _spec(*entry, name) for name, entry in entries.items()}
     return {"_class_name": class_name, "_blocks_class_name": MODULAR[class_name].blocks, **options, **specs}
 
 
-def pinned_index(content: bytes, repo: str) -> bytes:
-    """Return modular_model_index.json with the components in a repository of the Hub, as diffusers needs it there."""
+def pinned_index(content: bytes, repo: str, *, revision: str | None = None) -> bytes:
+    """Return modular_model_index.json with the components in a repository of the Hub, as diffusers needs it there.
+
+    Args:
+        revision: Branch of the repository; None is its main branch.
+    """
     index = json.loads(content)
     for name, value in index.items():
         if _is_spec(value):
-            value[_SPEC] |= _location(repo, name)
+            value[_SPEC] |= _location(name, repo, revision)
     return canonical_json(index).encode()
 
 
@@ -107,24 +123,56 @@ def modular_components(index: Mapping[str, Any]) -> tuple[str, ...]:
     return () if known is None else (*known.components, *known.files)
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy the components of a modular pipeline that s2q does not load, for those who run the copy with diffusers."""
-    name = read_json(find_index(target), remedy="save the model again").get("_class_name")
-    known = MODULAR.get(str(name))
-    for component in () if known is None else known.files:
-        if (source / component).is_dir():
-            shutil.copytree(source / component, target / component, copy_function=shutil.copyfile)
+def copy_files(source: Path, target: Path, *, strange: Collection[str]) -> None:
+    """Copy the components of a modular pipeline that s2q does not load, for those who run the copy with diffusers.
+
+    Args:
+        source: Folder of the original.
+        target: Folder with an index, which gets them too.
+        strange: Files of the original that are not to be copied, by path relative to it.
+    """
+    path = find_index(target)
+    index = read_json(path, remedy="save the model again")
+    known = MODULAR.get(str(index.get("_class_name")))
+    for component, entry in {} if known is None else known.files.items():
+        folder = source / component
+        names = sorted(file.name for file in folder.glob("*") if file.suffix in _FILES) if folder.is_dir() else []
+        for name in names:
+            if f"{component}/{name}" in strange:
+                logger.warning("%s: leads out of the folder, not copied", folder / name)
+                continue
+            (target / component).mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, target / component / name)
+        if (target / component).is_dir():
+            index[component] = _spec(*entry, component)
+    if known is not None:
+        atomic_write_json(path, index)
 
 
-def _location(repo: str | None, name: str) -> dict[str, Any]:
-    return {"pretrained_model_name_or_path": repo, "subfolder": name, "variant": None, "revision": None}
+def _spec(library: str, class_name: str, name: str) -> list[Any]:
+    return [library, class_name, {"type_hint": [library, class_name], **_location(name, None, None)}]
+
+
+def _location(name: str, repo: str | None, revision: str | None) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": repo, "subfolder": name, "variant": None, "revision": revision}
 
 
 def _is_spec(value: Any) -> bool:
     return isinstance(value, list) and len(value) == _SPEC + 1 and isinstance(value[_SPEC], dict)
 
 
-def _plain(value: list[Any]) -> list[Any]:
+def _entry(path: Path, name: str, value: Any, *, remedy: str) -> list[str]:
     """Library and class of a component; the index says them twice, and once where it was not loaded when saved."""
-    library, class_name, spec = value
-    return [library, class_name] if library and class_name else list(spec.get("type_hint") or (None, None))
+    library, class_name, spec = value if _is_spec(value) else (None, None, {})
+    found = [library, class_name] if library and class_name else spec.get("type_hint")
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(word, str) for word in found)):
+        raise InvalidInputError(f"{path}: has no {name}, or not its class, which s2q needs; {remedy}")
+    if found[0] not in _LIBRARIES:
+        raise InvalidInputError(
+            f"{path}: {name} is {short_repr(found)}; expected a class of {' or '.join(_LIBRARIES)}; {remedy}"
+        )
+    if (subfolder := spec.get("subfolder", name)) != name:
+        raise InvalidInputError(
+            f"{path}: {name} is in {short_repr(subfolder)}; expected a folder of its name; rename it here and there"
+        )
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s2q.common.errors import InvalidInputError
 from s2q.common.weight_files import has_variant, names_in
 from s2q.pipelines.index import MODULAR
 
@@ -57,16 +59,22 @@ def load_pipeline(
         )
     parts = {name: components.get(name) for name in known.components}
     for name in [name for name, part in parts.items() if part is None]:
-        parts[name] = _load(folder / name, *index[name], dtype=dtype, variant=variant)
+        parts[name] = _load(folder.resolve() / name, *index[name], dtype=dtype, variant=variant)
+    pipeline_class = pipeline_type(index["_class_name"])
     options = {name: value for name, value in index.items() if not (name.startswith("_") or isinstance(value, list))}
-    pipe = pipeline_type(index["_class_name"])(**parts, **options)
+    taken = inspect.signature(pipeline_class).parameters.keys() & options.keys()
+    pipe = pipeline_class(**parts, **{name: options.pop(name) for name in taken})
     pipe.register_to_config(_name_or_path=str(folder))
+    pipe.other_options = options
     return pipe
 
 
 def _load(folder: Path, library: str, class_name: str, *, dtype: torch.dtype, variant: str | None) -> Any:
+    if not folder.is_dir():
+        raise InvalidInputError(f"{folder} is missing, which the pipeline needs; download or save the model again")
     part_class = getattr(importlib.import_module(library), class_name)
     if not issubclass(part_class, torch.nn.Module):
-        return part_class.from_pretrained(folder)
+        return part_class.from_pretrained(folder, local_files_only=True)
     used = variant if has_variant(names_in(folder), variant) else None
-    return part_class.from_pretrained(folder, dtype=dtype, variant=used, use_safetensors=True)
+    options = {"dtype": dtype, "variant": used, "use_safetensors": True, "local_files_only": True}
+    return part_class.from_pretrained(folder, **options)

@@ -19,6 +19,7 @@ from s2q.pipelines.modular import ModularPipeline
 
 STEPS = 49
 _AUDIO_CHANNELS = 2
+_FRAME_RATE = 24
 
 
 @dataclass
@@ -87,11 +88,10 @@ class MiniMaxH3Pipeline(ModularPipeline, MiniMaxH3LoraLoaderMixin):
         """Pixels of a latent pixel, a side."""
         return int(self.vae.spatial_compression_ratio)
 
-    @property
-    def audio_tokens_per_second(self) -> float:
-        """Tokens of a second of sound, of both channels."""
-        rate: float = self.audio_vae.config.sampling_rate / self.audio_vae.hop_length
-        return _AUDIO_CHANNELS * rate
+    def audio_tokens(self, num_frames: int) -> int:
+        """Return the tokens of the sound of a video, of both channels."""
+        rate = self.audio_vae.config.sampling_rate / self.audio_vae.hop_length
+        return _AUDIO_CHANNELS * round(num_frames / _FRAME_RATE * rate)
 
     def __call__(
         self,
@@ -111,7 +111,7 @@ class MiniMaxH3Pipeline(ModularPipeline, MiniMaxH3LoraLoaderMixin):
 
         Args:
             prompt: One text.
-            num_frames: 17 n + 5, 124 to 345.
+            num_frames: 17 n + 5, 124 to 345; others are rounded up.
             height: Of a frame, in pixels, a multiple of 32; 768 with the width 1344 if both are None.
             num_inference_steps: Denoising steps.
             guidance_scale: At most 1: there is no guidance.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers import ModularPipeline as DiffusersModular
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, ModularPipelineBlocks, PipelineState
 
+from s2q.common.errors import UsageError
 from s2q.common.files import atomic_write_json
 from s2q.pipelines.index import MODULAR_INDEX, modular_index
 from s2q.pipelines.load import loading_class
@@ -22,18 +24,30 @@ class ModularPipeline(DiffusionPipeline):
     """A pipeline whose call runs the steps of a modular one.
 
     It is saved as that: `diffusers.ModularPipeline.from_pretrained(folder)` reads it.
+
+    Attributes:
+        other_options: Of the index, for other workflows of the model; saved with it.
     """
 
     _callback_tensor_inputs = ["latents"]
     config_name = MODULAR_INDEX
+    other_options: Mapping[str, Any] = MappingProxyType({})
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save the components and modular_model_index.json; options are those of `DiffusionPipeline`."""
+        if options.pop("push_to_hub", False):
+            raise UsageError(f"{type(self).__name__}: push_to_hub is not possible; save it, and use s2q push")
         super().save_pretrained(save_directory, **options)
         entries = {name: value for name, value in self.config.items() if isinstance(value, tuple) and all(value)}
         other = {name: value for name, value in self.config.items() if not isinstance(value, tuple)}
-        content = modular_index(loading_class(type(self).__name__), entries, _saved(other))
+        content = modular_index(loading_class(type(self).__name__), entries, {**self.other_options, **_saved(other)})
         atomic_write_json(Path(save_directory) / MODULAR_INDEX, content)
+
+    @classmethod
+    def from_pretrained(cls, *_args: Any, **_options: Any) -> Any:
+        """Refuse: `s2q.load` and diffusers' own class load what was saved."""
+        own = loading_class(cls.__name__)
+        raise UsageError(f"{cls.__name__}: has no from_pretrained; use s2q.load(FOLDER), or {own} of diffusers")
 
     def run(
         self,
@@ -66,12 +80,15 @@ class ModularPipeline(DiffusionPipeline):
         for known in steps.inputs:
             if known.name is not None:
                 state.set(known.name, inputs.get(known.name, known.default), known.kwargs_type)
-        with torch.no_grad():
-            for name, step in steps.sub_blocks.items():
-                if isinstance(step, LoopSequentialPipelineBlocks):
-                    self._run_loop(model, step, state, step_done)
-                elif name not in skipped:
-                    step(model, state)
+        try:
+            with torch.no_grad():
+                for name, step in steps.sub_blocks.items():
+                    if isinstance(step, LoopSequentialPipelineBlocks):
+                        self._run_loop(model, step, state, step_done)
+                    elif name not in skipped:
+                        step(model, state)
+        finally:
+            self.maybe_free_model_hooks()
         return state
 
     def _run_loop(

@@ -258,7 +258,7 @@ class BlockShape:
         largest: Values of the largest weight; linears that share an input have one weight.
         joint: Values of the widest input of a linear beside attention and feed-forward, beyond those of the streams.
         convolved: Values that convolutions return.
-        frame: Video tokens of a frame.
+        frame: Video tokens of a frame, at least 1.
     """
 
     parameters: int

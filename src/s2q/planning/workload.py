@@ -83,9 +83,9 @@ def _audio_tokens(pipe: Any, settings: GenerationSettings) -> int:
     """Tokens of the sound of a video, as the pipeline counts them; 0 of a pipeline without sound."""
     if getattr(pipe, "audio_vae", None) is None:
         return 0
-    rate = getattr(pipe, "audio_tokens_per_second", None)
-    if rate is None:
-        rate = pipe.audio_sampling_rate / pipe.audio_hop_length / pipe.audio_vae_temporal_compression_ratio
+    if hasattr(pipe, "audio_tokens"):
+        return int(pipe.audio_tokens(settings.num_frames))
+    rate = pipe.audio_sampling_rate / pipe.audio_hop_length / pipe.audio_vae_temporal_compression_ratio
     return round(settings.num_frames / family_of(pipe.transformer).frame_rate * rate)
 
 
