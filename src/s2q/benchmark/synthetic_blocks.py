@@ -22,7 +22,7 @@ from s2q.core.tokens import TokenGrid
 from s2q.models.attention import use_attention_registry
 from s2q.models.family import BlockLinear, linears_of_block, token_layout
 from s2q.models.synthetic import BlockList, SyntheticModel
-from s2q.nn import PackedLinear, replace_module, share_inputs
+from s2q.nn import PackedLinear, look_up_activations, replace_module, share_inputs
 from s2q.planning.resolve import LinearPlan
 from s2q.transforms import orthogonal_matrix
 
@@ -58,6 +58,7 @@ def synthetic_block(
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     use_attention_registry(block)
     share_inputs(block)
+    look_up_activations(block)
     return block.eval().requires_grad_(False)
 
 

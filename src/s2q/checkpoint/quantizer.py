@@ -27,6 +27,7 @@ from s2q.core.stored_form import file_dtypes, file_form, from_file, packed_dtype
 from s2q.nn import (
     PackedLinear,
     follow_tokens,
+    look_up_activations,
     quantize_attention,
     replace_module,
     restore_attention,
@@ -230,6 +231,7 @@ class S2QQuantizer(DiffusersQuantizer):
         if not hasattr(model, "peft_config"):  # diffusers would take an adapter that was refused for attached
             model.peft_config = {}  # type: ignore[assignment]
         share_inputs(model)
+        look_up_activations(model)
         if self._tokens is not None:
             follow_tokens(model, self._tokens)
         quantize_attention(model, self._attention)

@@ -193,6 +193,14 @@ void s2q_fake_quantize_gradient(const float *x, const float *grad, const float *
 RESCALE(bf16)
 RESCALE(f32)
 
+/* A function of bf16 by the table of its 65,536 values. */
+void s2q_look_up_bf16(const bf16 *restrict x, const bf16 *restrict table, bf16 *restrict out, int64_t rows,
+                      int64_t columns) {
+    PARALLEL
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = i * columns; j < (i + 1) * columns; j++) out[j] = table[x[j]];
+}
+
 /* Bytes of two codes + 8 each, the low nibble first, to int8 codes: core.packing.unpack_codes. */
 static void unpack_row(const uint8_t *restrict packed, int8_t *restrict codes, int64_t columns) {
     for (int64_t j = 0; j < columns; j++) {

@@ -172,6 +172,11 @@ class Passes:
         else:
             self._call(f"rescale_branch_{name}", *vectors, *branch, len(branch[1]), out, out.stride(0), *sums.shape)
 
+    def look_up(self, x: Tensor, table: Tensor, *, out: Tensor) -> Tensor:
+        """Write the values of x [M, I] in a table [65536] by the bits of x, all bf16, to `out`."""
+        self._call("look_up_bf16", x, table, out, *x.shape)
+        return out
+
     def unpack(self, packed: Tensor, *, out: Tensor) -> None:
         """Unpack codes of up to 4 bits, uint8 [O, P], to int8 [O, 2P]; see `core.packing.unpack_codes`."""
         self._call("unpack", packed, out, *packed.shape)
@@ -310,6 +315,9 @@ def _equals_torch(passes: Passes) -> bool:
             passes.scale(half, *vectors, out=half.clone()), ((half.float() - vectors[0]) * vectors[1]).bfloat16()
         )
     ]
+    table = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    found = passes.look_up(half.contiguous(), table.flip(0), out=torch.empty_like(half))
+    checks.append(torch.equal(found.view(torch.int16), half.view(torch.int16).bitwise_not()))
     for y in (x, half):
         codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
         passes.quantize(y, clip.flatten(), num_bits=4, codes=codes, scale=scale)
