@@ -7,7 +7,7 @@ DOCS_READY := $(VENV)/.ready-docs
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-emulated test-faults test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format docs clean
+.PHONY: demo test test-emulated test-faults test-gpu bench-cpu bench-cpu-kinds bench-cpu-steps bench-gpu lint format docs clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
@@ -52,6 +52,10 @@ KINDS := s2q-w4a8,s2q-w4a6,s2q-w4a4,s2q-plus-w4a8,s2q-table-w4a8
 LEARN := s2q-w4a6,s2q-plus-w4a6,q-vdit-w4a6
 KINDS_RUN = OMP_NUM_THREADS=1 $(1) $(BIN)/s2q bench --device cpu --again --repeats 5 --seconds 4 \
 	-o $(BENCH)/cpu-one-thread$(2).json --json -r
+bench-cpu-steps: $(READY)
+	@for model in $(BENCH_MODELS); do OMP_NUM_THREADS=1 $(BIN)/s2q bench --device cpu --again --seconds 6 \
+		-r s2q-w4a6,s2q-plus-w4a6,s2q-table-w4a8 -o $(BENCH)/cpu-steps.json \
+		-m synthetic:$$model --ops denoising_step --json > /dev/null || exit; done
 bench-cpu-kinds: $(READY)
 	@$(call KINDS_RUN,,) $(KINDS) --ops linear -m synthetic:cogvideox-5b > /dev/null
 	@$(call KINDS_RUN,,) $(KINDS) --ops denoising_step --backend auto,fastest > /dev/null
