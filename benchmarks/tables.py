@@ -227,7 +227,7 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
 
 def _base(group: str, model: str) -> Variant:
     """What the variants of a group are compared with: the recipe itself, or the bar that its parts have to beat."""
-    if group in JUDGED or group == "precision":
+    if group in JUDGED or group in ("precision", "rotation"):
         return GROUPS[group][0]
     kind, _, width = group.rpartition("-")
     name = f"s2q-{width}" if kind == "beyond" else "s2q-w4a4"

@@ -123,6 +123,19 @@ def _few_steps(recipe: str) -> list[Variant]:
     ]
 
 
+def _rotation(recipe: str) -> list[Variant]:
+    """Rotations of inputs that are twice as wide as outputs: of all 768 channels (24 x 32), then of blocks of 32."""
+    return [
+        Variant(
+            name=f"{recipe}-rotation-{name}",
+            label=label,
+            recipe=recipe,
+            overrides=(f"transforms.block_size={block_size}",),
+        )
+        for name, label, block_size in [("whole", "all channels", 0), ("blocks", "blocks of 32 channels", 32)]
+    ]
+
+
 GROUPS: dict[str, list[Variant]] = {
     "parts-w4a4": _parts("w4a4"),
     "parts-w4a6": _parts("w4a6"),
@@ -144,6 +157,7 @@ GROUPS: dict[str, list[Variant]] = {
         for precision in ("float32", "bfloat16")
     ],
     "few-steps": _few_steps("s2q-w4a8"),
+    "rotation": _rotation("s2q-w4a6"),
 }
 
 JUDGED: dict[str, dict[str, float]] = {"few-steps": FEW_STEPS}
