@@ -23,7 +23,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-"""What has a table, by name."""
+"""Functions that have a table, by name."""
 
 
 def looked_up(name: str, x: Tensor) -> Tensor:
