@@ -1,16 +1,18 @@
 """Activations of a quantized model are looked up, with the bits of those that are not."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-from s2q.nn import PackedLinear, look_up_activations, replace_module
-from s2q.ops import bf16_table
-from s2q.ops.bf16_table import LEAST
+import s2q
+from s2q.nn import PackedLinear, look_up_activations, replace_module, restore_activations
+from s2q.ops import gelu
 from s2q.ops.fused import passes
+from s2q.ops.gelu import LEAST
 from s2q.rounding.rtn import round_rtn
 from schemes import scheme
 from tiny import tiny_pipeline
@@ -20,10 +22,10 @@ WIDTH = 256
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    used, whole = [], bf16_table._table
-    monkeypatch.setattr(bf16_table, "_table", lambda name: used.append(name) or whole(name))
-    return used
+def lookups(monkeypatch):
+    seen, whole = [], gelu._looked_up
+    monkeypatch.setattr(gelu, "_looked_up", lambda x: seen.append(x) or whole(x))
+    return seen
 
 
 def packed(model):
@@ -36,39 +38,51 @@ def packed(model):
     return model
 
 
-@pytest.mark.parametrize(
-    ("function", "table"),
-    [("gelu-approximate", "gelu tanh"), ("gelu", "gelu"), ("swiglu", "silu"), ("geglu", None)],
-)
+@pytest.mark.parametrize("function", ["gelu-approximate", "gelu", "swiglu", "geglu"])
 @torch.no_grad()
-def test_feed_forwards_of_diffusers(function, table, tables):
+def test_feed_forwards_of_diffusers(function, lookups):
     torch.manual_seed(0)
     plain = packed(FeedForward(WIDTH, activation_fn=function).bfloat16())
     changed = copy.deepcopy(plain)
-    assert look_up_activations(changed) == (0 if table is None else 1)
+    is_tanh = function == "gelu-approximate"
+    assert look_up_activations(changed) == is_tanh
     x = torch.randn(1, LEAST // WIDTH, WIDTH).bfloat16()
     assert torch.equal(changed(x), plain(x))
-    assert tables == [] if table is None else set(tables) == {table}
+    assert len(lookups) == is_tanh
 
 
 @torch.no_grad()
-def test_modules_of_pytorch_and_copies_of_a_model(tables):
-    model = packed(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(approximate="tanh"), nn.SiLU(), nn.GELU()).bfloat16())
+def test_modules_of_pytorch_and_copies_of_a_model(lookups):
+    layers = nn.Linear(WIDTH, WIDTH), nn.GELU(approximate="tanh"), nn.SiLU(), nn.GELU()
+    model = packed(nn.Sequential(*layers).bfloat16())
     x = torch.randn(LEAST // WIDTH, WIDTH).bfloat16()
     expected = model(x)
-    assert look_up_activations(model) == 3
-    assert torch.equal(copy.deepcopy(model)(x), expected)
-    assert tables == ["gelu tanh", "silu", "gelu"]
+    assert look_up_activations(model) == 1
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model[1:2]))):
+        assert torch.equal(one(x) if len(one) > 1 else one(model[0](x)), expected if len(one) > 1 else model[:2](x))
+    assert torch.equal(model[1](input=x), nn.functional.gelu(x, approximate="tanh"))
+    assert lookups
+    restore_activations(model)
+    assert not any({"forward", "gelu"} & vars(module).keys() for module in model.modules())
 
 
-def test_a_model_in_full_precision_and_activations_in_place_stay():
-    assert look_up_activations(FeedForward(WIDTH, activation_fn="gelu")) == 0
-    model = packed(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(inplace=True)).bfloat16())
+@torch.no_grad()
+def test_a_model_in_full_precision_and_hooked_modules_stay():
+    assert look_up_activations(FeedForward(WIDTH, activation_fn="gelu-approximate")) == 0
+    model = packed(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(approximate="tanh")).bfloat16())
+    model[1]._hf_hook = object()
     assert look_up_activations(model) == 0
 
 
+def test_a_class_of_the_same_name_stays():
+    class GELU(nn.Module):
+        approximate = "tanh"
+
+    assert look_up_activations(packed(nn.Sequential(nn.Linear(WIDTH, WIDTH), GELU()).bfloat16())) == 0
+
+
 @torch.no_grad()
-def test_an_adapter_on_the_linear_is_added_before_the_activation(tables):
+def test_an_adapter_on_the_linear_is_added_before_the_activation(lookups):
     """The output of the linear inside of diffusers' module is that of the adapter too."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -83,14 +97,18 @@ def test_an_adapter_on_the_linear_is_added_before_the_activation(tables):
     x = torch.randn(1, LEAST // WIDTH, WIDTH).bfloat16()
     outputs = [one(x) for one in adapted]
     assert torch.equal(*outputs)
-    assert tables
+    assert lookups
 
 
-def test_loaded_checkpoints_look_up(tmp_path):
-    import s2q
-
-    s2q.quantize(tiny_pipeline("hunyuanvideo", dtype=torch.bfloat16), recipe="rtn-w4a8", out=tmp_path / "out")
+def test_loaded_checkpoints_look_up_until_they_are_dequantized(tmp_path):
+    pipe = tiny_pipeline("hunyuanvideo", dtype=torch.bfloat16)
+    s2q.quantize(pipe, recipe="rtn-w4a8", out=tmp_path / "out")
     transformer = s2q.load(tmp_path / "out").transformer
-    changed = [name for name, module in transformer.named_modules() if {"forward", "gelu"} & vars(module).keys()]
-    assert any(name.endswith("act_mlp") for name in changed)
-    assert any(name.endswith("ff.net.0") for name in changed)
+
+    def changed():
+        return [name for name, module in transformer.named_modules() if {"forward", "gelu"} & vars(module).keys()]
+
+    assert any(name.endswith("act_mlp") for name in changed())
+    assert any(name.endswith("ff.net.0") for name in changed())
+    transformer.dequantize()
+    assert changed() == []

@@ -30,6 +30,7 @@ from s2q.nn import (
     look_up_activations,
     quantize_attention,
     replace_module,
+    restore_activations,
     restore_attention,
     share_inputs,
     unfollow_tokens,
@@ -248,6 +249,7 @@ class S2QQuantizer(DiffusersQuantizer):
         for name, linear in linears.items():
             replace_module(model, name, linear)
         unfollow_tokens(model)
+        restore_activations(model)
         restore_attention(model)
         model.__dict__.pop("_keep_in_fp32_modules", None)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}

@@ -1,6 +1,6 @@
 """Quantized linears, packed and trainable, and putting them into a model."""
 
-from s2q.nn.activations import look_up_activations
+from s2q.nn.activations import look_up_activations, restore_activations
 from s2q.nn.attention import quantize_attention, restore_attention
 from s2q.nn.clip import Clip, LearnableClip
 from s2q.nn.encoder_linear import PACKED, EncoderLinear
@@ -30,6 +30,7 @@ __all__ = [
     "look_up_activations",
     "quantize_attention",
     "replace_module",
+    "restore_activations",
     "restore_attention",
     "set_backend",
     "share_inputs",
