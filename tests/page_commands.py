@@ -72,6 +72,7 @@ ADDED = (
         "--num-frames 25 --height 32 --width 32 --steps 2",
         "tiny models make tiny videos; every autoencoder takes these",
     ),
+    (r"s2q (quantize|eval|plan -m (?!synthetic)).*MiniMax-H3", "--num-frames 124", "it makes at least as many"),
     (r"s2q .*CogVideoX1\.5", "--height 16 --width 16", "the tiny model has positions for 16 pixels"),
     (
         r"s2q compare .*-m MODEL ",
