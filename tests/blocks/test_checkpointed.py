@@ -220,7 +220,7 @@ def test_pieces_have_whole_cubes_where_differences_from_their_means_are_quantize
             pieces, kept_then = gradients(block, x)
     video = [12, 12, 6]
     expected = [4, *video] if place == "before" else [*video, 4]
-    assert [one[:4] for one in lengths] == [expected] * len(parts)
+    assert [sizes[:4] for sizes in lengths] == [expected] * len(parts)
     assert kept_then < 0.5 * kept
     for one, other in zip(plain, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

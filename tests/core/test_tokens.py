@@ -69,8 +69,8 @@ def test_cubes_stay_whole_where_a_sequence_is_cut():
     assert cut_tokens(34, grid, piece=34, cube_frames=2) == [(34, grid)]
     assert cut(7, grid, piece=3, cube_frames=2) == [(3, None), (3, None), (1, None)]
     assert cut(30, None, piece=16, cube_frames=2) == [(16, None), (14, None)]
-    inside = [one for _, one in cut_tokens(34, grid, piece=16, cube_frames=2) if one is not None]
-    assert all(one.offset(one.tokens) == 0 and one.offset(one.tokens + 4) is None for one in inside)
+    pieces = [piece for _, piece in cut_tokens(34, grid, piece=16, cube_frames=2) if piece is not None]
+    assert all(piece.offset(piece.tokens) == 0 and piece.offset(piece.tokens + 4) is None for piece in pieces)
 
 
 def test_a_layout_survives_json_and_refuses_what_is_not_valid():

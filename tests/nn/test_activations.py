@@ -58,8 +58,9 @@ def test_modules_of_pytorch_and_copies_of_a_model(lookups):
     x = torch.randn(LEAST // WIDTH, WIDTH).bfloat16()
     expected = model(x)
     assert look_up_activations(model) == 1
-    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model[1:2]))):
-        assert torch.equal(one(x) if len(one) > 1 else one(model[0](x)), expected if len(one) > 1 else model[:2](x))
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    activation = pickle.loads(pickle.dumps(model[1]))
+    assert torch.equal(activation(model[0](x)), model[:2](x))
     assert torch.equal(model[1](input=x), nn.functional.gelu(x, approximate="tanh"))
     assert lookups
     restore_activations(model)
@@ -90,12 +91,12 @@ def test_an_adapter_on_the_linear_is_added_before_the_activation(lookups):
     changed = copy.deepcopy(model)
     assert look_up_activations(changed) == 1
     adapted = []
-    for one in (model, changed):
+    for base in (model, changed):
         torch.manual_seed(1)
         config = peft.LoraConfig(r=4, target_modules=["proj"], init_lora_weights=False)
-        adapted.append(peft.inject_adapter_in_model(config, one).bfloat16())
+        adapted.append(peft.inject_adapter_in_model(config, base).bfloat16())
     x = torch.randn(1, LEAST // WIDTH, WIDTH).bfloat16()
-    outputs = [one(x) for one in adapted]
+    outputs = [feed_forward(x) for feed_forward in adapted]
     assert torch.equal(*outputs)
     assert lookups
 

@@ -91,13 +91,14 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
 
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
-    """Return the video tokens, and the tokens of text and image, of the video that a pipeline's makers recommend."""
+    """Return the tokens of the video that a pipeline's makers recommend, and those of text, image and its sound."""
     pipe, workload = source.meta_pipeline(source.meta_transformers()), None
     if pipe is not None:
         workload = workload_of(pipe, Calibration(), recommended=recommended_for(source), components=None)
     if workload is None:
         raise UsageError(f"{source.name}: its configuration does not define the number of video tokens; pass --tokens")
-    return workload.tokens, workload.conditioning_tokens
+    sound = workload.audio_tokens if family_of(source.transformer_class).is_packed else 0
+    return workload.tokens, workload.conditioning_tokens + sound
 
 
 def _linears_of(subject: Subject, rows: int | None) -> Iterator[tuple[int, BlockLinear]]:

@@ -260,8 +260,9 @@ def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
     assert sample.grid is not None
     video, channels = sample.video, sample.outputs[sample.video].shape[-1]
     grid, of_video = sample.grid, (outputs[video], sample.outputs[video])
-    first = grid.offset(of_video[0].shape[1]) or 0  # behind the text where both are one stream
-    parts = (tokens[:, first : first + grid.tokens] for tokens in of_video)
+    first = grid.offset(of_video[0].shape[1])  # behind the text where both are one stream
+    place = slice(None) if first is None else slice(first, first + grid.tokens)
+    parts = (tokens[:, place] for tokens in of_video)
     return loss + temporal * channels * temporal_loss(*parts, frames=grid.frames)
 
 

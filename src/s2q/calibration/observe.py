@@ -102,8 +102,8 @@ def _place(stream: str, order: Sequence[str], lengths: Sequence[int]) -> slice:
 
 def _packed_places(samples: BlockSamples, index: int) -> tuple[slice, slice]:
     """Places of the video and of the text in a packed sequence, [text, sound, video]."""
-    grid, text = samples.stream.video_grid(index), samples.stream.calls[index]()["text_indices"]
-    return slice(None) if grid is None else slice(grid.text_tokens, None), slice(0, len(text))
+    grid, text = samples.stream.video_grid(index), samples.stream.text_tokens(index)
+    return slice(None) if grid is None else slice(grid.text_tokens, None), slice(0, text)
 
 
 def _importance_map(sums: Tensor, samples: BlockSamples, index: int) -> ImportanceMap | None:

@@ -80,7 +80,7 @@ class TeacherStream:
         self._conditioning: list[dict[str, Any]] = []
         self._tokens: list[dict[str, int]] = []
         self._position: int | None = None
-        self._video_grids: dict[int, TokenGrid | None] = {}
+        self._layouts: dict[int, tuple[TokenGrid | None, int]] = {}
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -118,11 +118,20 @@ class TeacherStream:
 
     def video_grid(self, sample: int) -> TokenGrid | None:
         """Return the same for reports, whether or not anything needs it; None if the call does not define it."""
-        if sample not in self._video_grids:
-            layout = self.tokens or token_layout(self.transformer, self.family)
+        return self._layout_of(sample)[0]
+
+    def text_tokens(self, sample: int) -> int:
+        """Return the text tokens at the start of a packed sequence; 0 of another."""
+        return self._layout_of(sample)[1]
+
+    def _layout_of(self, sample: int) -> tuple[TokenGrid | None, int]:
+        """Grid and text tokens of a sample, whose call is read from the run folder once for all blocks."""
+        if sample not in self._layouts:
+            arguments, grid = self.calls[sample](), None
             with contextlib.suppress(InvalidInputError):
-                self._video_grids[sample] = layout.grid(self.calls[sample]())
-        return self._video_grids.setdefault(sample, None)
+                grid = (self.tokens or token_layout(self.transformer, self.family)).grid(arguments)
+            self._layouts[sample] = grid, len(arguments.get("text_indices", ()))
+        return self._layouts[sample]
 
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
         """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.

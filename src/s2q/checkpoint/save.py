@@ -78,7 +78,7 @@ def save_checkpoint(
             clean_config(path)
         if records.base_folder is not None:
             copy_top_files(records.base_folder, staged, LICENCE)
-            pipelines.copy_files(records.base_folder, staged, strange=strange_files(records.base_folder))
+            pipelines.copy_files(records.base_folder, staged, strange=strange_files)
         card = render_model_card(
             *configs,
             pipeline_class=pipelines.loading_class(type(pipe).__name__),

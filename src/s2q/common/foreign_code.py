@@ -13,7 +13,7 @@ from typing import Any
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import is_plain_name, read_json
 
-_LIBRARIES = ("diffusers", "transformers")
+LIBRARIES = ("diffusers", "transformers")
 _NESTED = ("model_index.json", "modular_model_index.json", "adapter_config.json")
 _DATA = ("tokenizer.json", "vocab.json")  # long, and without settings
 _REMEDY = "download or save the model again"
@@ -66,7 +66,7 @@ def component_entries(index: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _is_known(library: str) -> bool:
-    if library in _LIBRARIES or library in sys.modules:  # what the user has imported
+    if library in LIBRARIES or library in sys.modules:  # what the user has imported
         return True
     diffusers = importlib.util.find_spec("diffusers")
     locations = None if diffusers is None else diffusers.submodule_search_locations

@@ -49,7 +49,7 @@ def check_components(source: ModelSource, folder: Path, *, without: Collection[s
 def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Collection[str]) -> None:
     """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
     copy_top_files(folder, staged, *_TOP)
-    copy_files(folder, staged, strange=strange_files(folder))
+    copy_files(folder, staged, strange=strange_files)
     for component, (library, _) in source.component_classes.items():
         if component not in without and (folder / component).is_dir():
             copy_component(folder / component, staged / component, library=library, variant=source.variant)

@@ -94,7 +94,8 @@ def _class_of(pipe: Any, name: str) -> Any:
         if not (name.endswith("Scheduler") and hasattr(diffusers, name)):
             raise unknown_name("scheduler", name, fitting)
         kind = "a flow with a call a step" if _is_flow(current) else "CogVideoX's betas"
-        kind = f"as {own} does" if own in OF_ONE_MODEL else kind
+        if own in OF_ONE_MODEL:
+            kind = f"as {own} does"
         raise _incompatible(pipe, name, f"it does not sample {kind}", fitting)
     chosen = getattr(diffusers, name)
     if reason := _obstacle(pipe, chosen):

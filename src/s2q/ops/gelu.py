@@ -2,7 +2,7 @@
 
 PyTorch computes it in fp32, 2 ns a value and thread, a tenth of the product before it. The table is what PyTorch gives
 for every number, made once; the values of an activation are near each other, and their part of it stays in the first
-cache. PyTorch takes a quarter of that time for the exact GELU and for SiLU, which gain nothing.
+cache. PyTorch takes a quarter to a half of that time for the exact GELU and for SiLU, which gain little or lose.
 """
 
 import functools

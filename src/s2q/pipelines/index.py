@@ -3,13 +3,14 @@
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import atomic_write_json, canonical_json, read_json
+from s2q.common.foreign_code import LIBRARIES
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,6 @@ INDEXES = (INDEX, MODULAR_INDEX)
 _SPEC = 2
 """Position, in an entry of modular_model_index.json, of where the component is loaded from."""
 
-
-_LIBRARIES = ("diffusers", "transformers")
 _FILES = (".jinja", ".json", ".model", ".txt")
 """Suffixes of what is copied of a component that is not loaded: no code, no weights."""
 
@@ -57,6 +56,11 @@ MODULAR = {
 """The modular pipelines that s2q runs, by their class in diffusers."""
 
 
+def modular_of(index: Mapping[str, Any]) -> Modular | None:
+    """Return what is known of the modular pipeline of an index; None of another pipeline."""
+    return MODULAR.get(str(index.get("_class_name")))
+
+
 def find_index(folder: Path) -> Path:
     """Return the index of a pipeline's folder; model_index.json, which is not there, if it has none."""
     return next((folder / name for name in INDEXES if (folder / name).is_file()), folder / INDEX)
@@ -78,7 +82,7 @@ def read_index(folder: Path, *, remedy: str) -> dict[str, Any]:
     index = read_json(path, remedy=remedy)
     if path.name == INDEX:
         return index
-    known = MODULAR.get(str(index.get("_class_name")))
+    known = modular_of(index)
     if known is None:
         raise InvalidInputError(
             f"{path}: {short_repr(index.get('_class_name'))} is a modular pipeline of a kind that s2q does not run; "
@@ -119,34 +123,36 @@ def pinned_index(content: bytes, repo: str, *, revision: str | None = None) -> b
 
 def modular_components(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the components that checkpoints and runs of a modular pipeline need; none of another pipeline."""
-    known = MODULAR.get(str(index.get("_class_name")))
+    known = modular_of(index)
     return () if known is None else (*known.components, *known.files)
 
 
-def copy_files(source: Path, target: Path, *, strange: Collection[str]) -> None:
+def copy_files(source: Path, target: Path, *, strange: Callable[[Path], Collection[str]]) -> None:
     """Copy the components of a modular pipeline that s2q does not load, for those who run the copy with diffusers.
 
     Args:
         source: Folder of the original.
         target: Folder with an index, which gets them too.
-        strange: Files of the original that are not to be copied, by path relative to it.
+        strange: Returns the files of a folder that are not to be copied, by path relative to it.
     """
     path = find_index(target)
     index = read_json(path, remedy="save the model again")
-    known = MODULAR.get(str(index.get("_class_name")))
-    for component, entry in {} if known is None else known.files.items():
+    known = modular_of(index)
+    if known is None:
+        return
+    left_out = strange(source)
+    for component, entry in known.files.items():
         folder = source / component
         names = sorted(file.name for file in folder.glob("*") if file.suffix in _FILES) if folder.is_dir() else []
         for name in names:
-            if f"{component}/{name}" in strange:
+            if f"{component}/{name}" in left_out:
                 logger.warning("%s: leads out of the folder, not copied", folder / name)
                 continue
             (target / component).mkdir(exist_ok=True)
             shutil.copyfile(folder / name, target / component / name)
         if (target / component).is_dir():
             index[component] = _spec(*entry, component)
-    if known is not None:
-        atomic_write_json(path, index)
+    atomic_write_json(path, index)
 
 
 def _spec(library: str, class_name: str, name: str) -> list[Any]:
@@ -167,9 +173,9 @@ def _entry(path: Path, name: str, value: Any, *, remedy: str) -> list[str]:
     found = [library, class_name] if library and class_name else spec.get("type_hint")
     if not (isinstance(found, list) and len(found) == 2 and all(isinstance(word, str) for word in found)):
         raise InvalidInputError(f"{path}: has no {name}, or not its class, which s2q needs; {remedy}")
-    if found[0] not in _LIBRARIES:
+    if found[0] not in LIBRARIES:
         raise InvalidInputError(
-            f"{path}: {name} is {short_repr(found)}; expected a class of {' or '.join(_LIBRARIES)}; {remedy}"
+            f"{path}: {name} is {short_repr(found)}; expected a class of {' or '.join(LIBRARIES)}; {remedy}"
         )
     if (subfolder := spec.get("subfolder", name)) != name:
         raise InvalidInputError(

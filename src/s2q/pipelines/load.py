@@ -12,7 +12,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.weight_files import has_variant, names_in
-from s2q.pipelines.index import MODULAR
+from s2q.pipelines.index import MODULAR, modular_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,7 +52,7 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    known = MODULAR.get(str(index.get("_class_name")))
+    known = modular_of(index)
     if known is None:
         return DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, **components

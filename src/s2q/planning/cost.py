@@ -9,9 +9,8 @@ What a step of distillation holds is linear in the weights and in the values tha
                     whole · max O · rows       where all frames are needed at once
                     channel · rows · d of an attention, and what joins it with a feed-forward
 
-To both come convolutions. The five factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the
-live memory of a step, traced on blocks of ten published models without storage, up to 131,072 tokens
-(`benchmarks/step_memory.py`, docs/decisions.md).
+To both come convolutions. The five factors are sums over the parts of a recipe (`_STEP_BYTES`), fitted to the memory of
+steps that was traced without storage on blocks of ten published models, up to 131,072 tokens (docs/decisions.md).
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; `itemsize` bytes of a value in the dtype
 of calibration, in functions below `BlockShape` in the model's dtype.
@@ -441,17 +440,18 @@ def _block_shape(
     modulated = any(linear.role == "modulation" for linear in linears)
     linears = [linear for linear in linears if linear.role == "linear"]
     shared = {name: group[0] for group in family.shared_inputs for name in group}
+    of_stream, video = _stream_tokens(workload, family), family.block_argument("hidden_states")
 
     def rows(linear: BlockLinear) -> int:
         if linear.sees_audio:
             return workload.audio_tokens
-        text, sound = workload.conditioning_tokens, workload.audio_tokens if family.is_packed else 0
-        return text if linear.sees_text else workload.tokens + text + sound
+        text = workload.conditioning_tokens
+        return text if linear.sees_text else of_stream[video] + (0 if family.is_packed else text)
 
     first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
     channels = next((linear.in_features for linear in linears if not (linear.sees_text or linear.sees_audio)), 0)
-    total = sum(_stream_tokens(workload, family)[name] for name in streams)
+    total = sum(of_stream[name] for name in streams)
     of_input: Counter[str] = Counter()
     for linear in linears:
         of_input[shared.get(linear.inner_name, linear.inner_name)] += linear.in_features * linear.out_features
