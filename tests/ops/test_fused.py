@@ -9,8 +9,9 @@ import torch
 from s2q.core.input_path import InputTensors
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import quantize_per_token
-from s2q.ops import fused
+from s2q.ops import bits, fused
 from s2q.ops.activation_path import activation_path
+from s2q.ops.passes import DTYPES, Passes, vector
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 
 
@@ -40,15 +41,13 @@ def test_scaling_rounds_once(passes, columns, threads):
         for parts in ((shift, scale), (None, scale), (shift, None)):
             expected = (x.float() - (0 if parts[0] is None else parts[0])) * (1 if parts[1] is None else parts[1])
             out = torch.empty(70, columns, dtype=torch.bfloat16)
-            vectors = [
-                fused.vector(part, columns, missing=missing) for part, missing in zip(parts, (0, 1), strict=True)
-            ]
+            vectors = [vector(part, columns, missing=missing) for part, missing in zip(parts, (0, 1), strict=True)]
             assert torch.equal(passes.scale(x, *vectors, out=out), expected.bfloat16())
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("clip", [None, torch.tensor([0.6]), torch.linspace(0.1, 1, 40).unsqueeze(1)])
 def test_quantization_is_that_of_the_reference(passes, dtype, num_bits, clip):
@@ -56,7 +55,7 @@ def test_quantization_is_that_of_the_reference(passes, dtype, num_bits, clip):
     y[3], y[4, 5], y[5, 5], y[6] = 0, torch.nan, torch.inf, (y[6] * 4).round() / 8  # ties
     y[7] *= 1e-38
     codes, scale = torch.empty(40, 333, dtype=torch.int8), torch.empty(40, 1)
-    passes.quantize(y, fused.vector(clip, 1, missing=1), num_bits=num_bits, codes=codes, scale=scale)
+    passes.quantize(y, vector(clip, 1, missing=1), num_bits=num_bits, codes=codes, scale=scale)
     expected = quantize_per_token(y, num_bits=num_bits, clip_ratio=clip)
     torch.testing.assert_close(scale, expected[1], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes, expected[0])
@@ -81,18 +80,18 @@ def test_unpacking_and_rescaling_odd_sizes(passes):
     + [(300, 200, 193, False), (63, 200, 16, False), (300, 63, 16, False)],
 )
 def test_a_branch_is_added_before_the_last_rounding(rows, columns, rank, is_fused, monkeypatch):
-    generator, branches, rescale = torch.Generator().manual_seed(0), [], fused.Passes.rescale
+    generator, branches, rescale = torch.Generator().manual_seed(0), [], Passes.rescale
 
     def heard(self, *tensors, branch=None, out):
         branches.append(branch)
         rescale(self, *tensors, branch=branch, out=out)
 
-    monkeypatch.setattr(fused.Passes, "rescale", heard)
+    monkeypatch.setattr(Passes, "rescale", heard)
     w = torch.randint(-8, 8, (columns, 96), dtype=torch.int8, generator=generator)
     x = torch.randint(-32, 32, (rows, 96), dtype=torch.int8, generator=generator)
     low, weight = draw(rows, rank) * 1e3, draw(columns, rank, seed=1).bfloat16()
     scales = draw(rows, 1, seed=2).abs(), pack_codes(w, num_bits=4), draw(columns, seed=3).abs()
-    for dtype, bias in itertools.product(fused.DTYPES, (None, draw(columns, seed=4).bfloat16())):
+    for dtype, bias in itertools.product(DTYPES, (None, draw(columns, seed=4).bfloat16())):
         expected, found = (
             rescaled_int_matmul(x, *scales, bias, low, weight, x_bits=6, w_bits=4, out_dtype=dtype, backend=backend)
             for backend in ("reference", "cpu")
@@ -147,8 +146,8 @@ REASONS = {
     "switched off": lambda patch: patch.setenv(fused.VARIABLE, "0"),
     "no compiler": lambda patch: patch.setattr(fused, "_compiler", lambda: None),
     "the compiler fails": lambda patch: patch.setattr(fused, "_library", fails),
-    "other bits": lambda patch: patch.setattr(fused, "_equals_torch", lambda passes: False),
-    "no file": lambda patch: patch.setattr(fused, "SOURCE", fused.SOURCE.with_name("missing.c")),
+    "other bits": lambda patch: patch.setattr(bits, "equals_torch", lambda passes: False),
+    "no file": lambda patch: patch.setattr(fused, "SOURCES", (fused.SOURCES[0].with_name("missing.c"),)),
 }
 
 
@@ -192,7 +191,7 @@ def test_the_check_sees_a_single_wrong_bit(passes, monkeypatch):
         out[-1, -1] ^= 1
 
     monkeypatch.setattr(type(passes), "unpack", wrong)
-    assert not fused._equals_torch(passes)
+    assert not bits.equals_torch(passes)
 
 
 def test_a_cap_on_instructions_is_kept(monkeypatch):
@@ -206,9 +205,9 @@ def test_the_check_saves_nothing_for_the_backward_pass_of_its_caller(passes):
         raise AssertionError("a tensor of the check was saved by the caller")
 
     with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
-        assert fused._equals_torch(passes)
+        assert bits.equals_torch(passes)
 
 
 def test_the_check_runs_in_inference_mode(passes):
     with torch.inference_mode():
-        assert fused._equals_torch(passes)
+        assert bits.equals_torch(passes)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from s2q.common.processor import features
-from s2q.ops import fused, kronecker
+from s2q.ops import bits, fused, kronecker
 from s2q.ops.kronecker import scaled_kronecker
+from s2q.ops.passes import Passes
 
 
 def draw(*shape, seed=0):
@@ -131,21 +132,21 @@ def test_compiled_gradients_are_those_that_are_asked_for(wanted, multiplies):
 
 
 def test_products_of_other_bits_are_left_to_pytorch(multiplies, monkeypatch):
-    monkeypatch.setattr(fused.Passes, "kronecker", lambda *arguments, half, out: (half.zero_(), out.zero_()))
-    assert not fused._products_equal_torch(fused.passes())
+    monkeypatch.setattr(Passes, "kronecker", lambda *arguments, half, out: (half.zero_(), out.zero_()))
+    assert not bits.products_equal_torch(fused.passes())
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_products_with_another_gradient_are_left_to_pytorch(which, multiplies, monkeypatch):
-    compiled = fused.Passes.kronecker_gradient
+    compiled = Passes.kronecker_gradient
 
     def wrong(*arguments, **options):
         sums = list(compiled(*arguments, **options))
         sums[which] = sums[which] + 1e-4 * sums[which].abs().max()
         return tuple(sums)
 
-    monkeypatch.setattr(fused.Passes, "kronecker_gradient", wrong)
-    assert not fused._products_equal_torch(fused.passes())
+    monkeypatch.setattr(Passes, "kronecker_gradient", wrong)
+    assert not bits.products_equal_torch(fused.passes())
 
 
 @pytest.mark.parametrize("rows", [(0,), (5,), (2, 3)])

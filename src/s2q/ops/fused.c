@@ -5,82 +5,21 @@
    other. No header of PyTorch or Python is needed.
    M rows (tokens), I in features, O out features; strides count elements. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-typedef uint16_t bf16;
-typedef float f32;
-
-/* In front of a loop over `rows` of `columns`; small ones take one thread. */
-#define PARALLEL _Pragma("omp parallel for schedule(static) if (rows * columns > 32768)")
-
-static inline float wide_bf16(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static inline bf16 narrow_bf16(float x) { /* to nearest, half to even; a NaN stays one */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (bf16)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline uint32_t magnitude_bf16(bf16 x) { return (uint32_t)(x & 0x7FFF) << 16; }
-
-static inline float wide_f32(f32 x) { return x; }
-
-static inline f32 narrow_f32(float x) { return x; }
-
-static inline uint32_t magnitude_f32(f32 x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits & 0x7FFFFFFF;
-}
+#include "rows.h"
 
 /* (x - shift) * scale, rounded to bf16; x [M, I] has rows x_stride apart. */
-static void scale_row(const bf16 *restrict x, const float *restrict shift, const float *restrict scale,
-                      bf16 *restrict out, int64_t columns) {
-    for (int64_t j = 0; j < columns; j++) out[j] = narrow_bf16((wide_bf16(x[j]) - shift[j]) * scale[j]);
-}
-
 void s2q_scale_bf16(const bf16 *x, int64_t x_stride, const float *shift, const float *scale, bf16 *out, int64_t rows,
                     int64_t columns) {
     PARALLEL
     for (int64_t i = 0; i < rows; i++) scale_row(x + i * x_stride, shift, scale, out + i * columns, columns);
 }
 
-/* Codes and scales of tokens y [M, I]: core.qparams.quantize_per_token. The magnitudes of floating-point numbers are in
-   the order of their bits, NaN above all. The clip ratio of row i is clip[i * clip_stride]. */
+/* Codes and scales of tokens y [M, I]: core.qparams.quantize_per_token. The clip ratio of row i is
+   clip[i * clip_stride]. */
 #define QUANTIZE(TYPE)                                                                                                 \
-    static float quantize_row_##TYPE(const TYPE *restrict y, float clip, float qmax, int8_t *restrict codes,           \
-                                     int64_t columns) {                                                                \
-        uint32_t highest = 0;                                                                                          \
-        for (int64_t j = 0; j < columns; j++) {                                                                        \
-            uint32_t bits = magnitude_##TYPE(y[j]);                                                                    \
-            highest = bits > highest ? bits : highest;                                                                 \
-        }                                                                                                              \
-        float amax;                                                                                                    \
-        memcpy(&amax, &highest, 4);                                                                                    \
-        float scale = amax * clip / qmax;                                                                              \
-        scale = scale == 0 ? 1 : scale;                                                                                \
-        for (int64_t j = 0; j < columns; j++) {                                                                        \
-            float code = rintf(wide_##TYPE(y[j]) / scale);                                                             \
-            code = code > qmax ? qmax : code;                                                                          \
-            code = code < -qmax - 1 ? -qmax - 1 : code;                                                                \
-            codes[j] = (int8_t)(int32_t)code;                                                                          \
-        }                                                                                                              \
-        return scale;                                                                                                  \
-    }                                                                                                                  \
-                                                                                                                       \
     void s2q_quantize_##TYPE(const TYPE *y, const float *clip, int64_t clip_stride, float qmax, int8_t *codes,         \
                              float *scale, int64_t rows, int64_t columns) {                                            \
-        PARALLEL                                                                                        \
+        PARALLEL                                                                                                       \
         for (int64_t i = 0; i < rows; i++)                                                                             \
             scale[i] =                                                                                                 \
                 quantize_row_##TYPE(y + i * columns, clip[i * clip_stride], qmax, codes + i * columns, columns);       \
@@ -324,7 +263,6 @@ NEAREST(f32)
 #ifdef __AVX512F__
 #define ORDER 64
 #define BLOCK 16384 /* values of the rows whose products are summed at a time, at least one row */
-#define INLINE static inline __attribute__((always_inline))
 
 /* `count` rows and 16 `wide` columns, the last `tail` of them masked, of a product, added to `out` or written. */
 INLINE void product_block(const float *a, int64_t a_row, int64_t a_step, const float *b, float *out, int64_t inner,
@@ -424,13 +362,6 @@ static void add_pairs(const float *a, const float *b, float *sums, int64_t rows,
    Each sum over the rank starts at 0, as those of MKL do up to RANKS of ops/fused.py. */
 #define HIGH 8 /* rows at a time */
 #define RESCALE_BRANCH(TYPE)                                                                                           \
-    static void rescale_branch_row_##TYPE(const int32_t *restrict sums, const float *restrict w_scale, float x_scale,  \
-                                          const float *restrict bias, const float *restrict more, TYPE *restrict out,  \
-                                          int64_t columns) {                                                           \
-        for (int64_t j = 0; j < columns; j++)                                                                          \
-            out[j] = narrow_##TYPE(__builtin_fmaf((float)sums[j] * w_scale[j], x_scale, bias[j]) + more[j]);           \
-    }                                                                                                                  \
-                                                                                                                       \
     void s2q_rescale_branch_##TYPE(const int32_t *sums, const float *w_scale, const float *x_scale, const float *bias, \
                                    const float *low, const float *branch, int64_t rank, TYPE *out,                     \
                                    int64_t out_stride, int64_t rows, int64_t columns) {                                \

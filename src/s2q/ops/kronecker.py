@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from s2q.common.torch_state import without_autocast
-from s2q.ops.fused import ORDERS, Passes, passes, vector
+from s2q.ops.fused import passes
+from s2q.ops.passes import ORDERS, Passes, vector
 
 _ROWS = 4096
 

@@ -1,6 +1,7 @@
 """The activation path on the CPU: the reference's arithmetic in chunks of rows, in buffers that stay in the caches.
 
-What is not a product takes one pass before them and one after them where a C compiler is (`ops.fused`).
+What is not a product takes one pass before them and one after them where a C compiler is (`ops.fused`). A rotated bf16
+input takes one pass in all with AVX512-BF16.
 
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
@@ -8,14 +9,16 @@ Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
-from s2q.ops.fused import DTYPES, passes, vector
+from s2q.ops.fused import passes
 from s2q.ops.kronecker import factor_orders
+from s2q.ops.passes import DTYPES, LONGEST_ROW, Passes, vector
 from s2q.ops.scratch import take
 
 CHUNK_BYTES = 2 << 20
@@ -38,11 +41,14 @@ def activation_path(
     """Transform and quantize the input of a linear; see `reference.activation_path`, which fp64 is left to."""
     if x.dtype == torch.float64:
         return reference.activation_path(x, path, num_bits=num_bits, means=means)
+    fused = passes()
+    if fused is not None and _is_one_pass(fused, x, path):
+        return _in_one_pass(fused, x, path, num_bits=num_bits, means=means)
     size = min(len(x), max(MIN_ROWS.get(x.dtype, 32), CHUNK_BYTES // max(1, x.shape[1] * x.element_size())))
     transform = _Transform(x, size, path)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     token_scales = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
-    coefficients, clip, fused = None, path.clip_ratio, passes()
+    coefficients, clip = None, path.clip_ratio
     if path.low_rank_basis is not None:
         coefficients = torch.empty(len(x), path.low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
@@ -69,6 +75,39 @@ def activation_path(
             assert chunk_coefficients is not None
             coefficients[chunk] = chunk_coefficients
     return codes, token_scales, coefficients
+
+
+def _is_one_pass(fused: Passes, x: Tensor, path: InputTensors) -> bool:
+    """Whether `Passes.activation_path` takes the input."""
+    if not fused.rotates or x.dtype != torch.bfloat16 or path.left is None or path.right is None:
+        return False
+    even = len(path.left) % 2 == len(path.right) % 2 == 0
+    return even and x.stride(1) == 1 and x.numel() > 0 and x.shape[1] <= LONGEST_ROW
+
+
+def _in_one_pass(
+    fused: Passes, x: Tensor, path: InputTensors, *, num_bits: int, means: QuantizedMeans | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    basis = path.low_rank_basis
+    odd = basis is not None and basis.shape[1] % 2 == 1
+    if basis is not None and odd:  # a direction of zeros makes pairs of them
+        basis = F.pad(basis, (0, 1))
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
+    coefficients = None
+    if basis is not None:
+        coefficients = torch.empty(len(x), basis.shape[1], dtype=torch.float32, device="cpu")
+    fused.activation_path(
+        x,
+        path._replace(low_rank_basis=basis),
+        vector(path.clip_ratio, 1, missing=1.0),
+        num_bits=num_bits,
+        means=None if means is None else (means.codes.float().mul_(means.scale), means.rows.int().contiguous()),
+        codes=codes,
+        scale=scale,
+        coefficients=coefficients,
+    )
+    return codes, scale, coefficients[:, :-1] if odd and coefficients is not None else coefficients
 
 
 class _Transform:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from s2q.core.qparams import token_scale_of_levels
-from s2q.ops.fused import DTYPES, passes
+from s2q.ops.fused import passes
+from s2q.ops.passes import DTYPES
 from s2q.ops.token_levels import reference
 
 CHUNK = 1 << 18
