@@ -132,9 +132,9 @@ static float quantize_token(const bf16 *restrict y, const float *restrict mean, 
 /* Codes and scales of x [M, I], shifted, scaled and rotated by left (x) right: ops.activation_path.
 
    `basis` has pairs of in features [I / 2, r] and `directions` pairs of directions [r / 2, I] of the low-rank branch,
-   whose coefficients [M, r] are written; it is null without one, and `directions` is where nothing is subtracted. `left`
-   [n1, n1 / 2] has pairs of its columns, transposed; `right` [n2 / 2, n2] of its rows. The mean of row i is
-   means[mean_rows[i]], or nothing where they are null. */
+   whose coefficients [M, r] are written. Both are null without one, `directions` where nothing is subtracted. `left`,
+   transposed, has pairs of columns [n1, n1 / 2], `right` pairs of rows [n2 / 2, n2]. The mean of row i is
+   means[mean_rows[i]]; null is none. */
 void s2q_activation_path(const bf16 *x, int64_t x_stride, const float *shift, const float *scale, const pair *basis,
                          const pair *directions, int64_t rank, const pair *left, const pair *right, int64_t n1,
                          int64_t n2, const float *means, const int32_t *mean_rows, const float *clip,
@@ -162,8 +162,16 @@ void s2q_activation_path(const bf16 *x, int64_t x_stride, const float *shift, co
     }
 }
 
-/* Pairs of columns of a matrix [rows, columns], the second in the lower half so that the first is added first: [rows / segment,
-   columns / 2, segment], with 0 for what is missing of the last ones. `changed` tells whether a number is not bf16. */
+/* Pairs of rows of a matrix: [2 rows, columns] as [rows, columns]. */
+void s2q_row_pairs(const bf16 *restrict matrix, pair *restrict out, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; i++) {
+        const bf16 *first = matrix + 2 * i * columns, *second = first + columns;
+        for (int64_t j = 0; j < columns; j++) out[i * columns + j] = (pair)second[j] << 16 | first[j];
+    }
+}
+
+/* Pairs of columns of a matrix [rows, columns], the second in the lower half so that the first is added first, as
+   [rows / segment, columns / 2, segment] with 0 for what is missing of the last ones. `changed`: some are not bf16. */
 void s2q_turned_pairs(const float *matrix, int64_t segment, pair *out, int32_t *changed, int64_t rows,
                       int64_t columns) {
     int64_t pairs = (columns + 1) / 2, end = (rows + segment - 1) / segment * segment;
@@ -179,7 +187,7 @@ void s2q_turned_pairs(const float *matrix, int64_t segment, pair *out, int32_t *
     *changed = differs;
 }
 
-/* As s2q_rescale_branch, with pairs from s2q_turned_pairs: of low, in segments of 1, and of branch, in those of SEGMENT. */
+/* As s2q_rescale_branch, with pairs from s2q_turned_pairs: of low in segments of 1, of branch in those of SEGMENT. */
 #define RESCALE_PAIRS(TYPE)                                                                                            \
     void s2q_rescale_pairs_##TYPE(const int32_t *sums, const float *w_scale, const float *x_scale, const float *bias,  \
                                   const pair *low, const pair *branch, int64_t pairs, TYPE *out, int64_t out_stride,   \

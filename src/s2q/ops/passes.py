@@ -154,6 +154,12 @@ class Passes:
         kind = "branch" if branch[0].is_floating_point() else "pairs"
         self._call(f"rescale_{kind}_{name}", *vectors, *branch, branch[1].shape[-2], out, out.stride(0), *sums.shape)
 
+    def row_pairs(self, matrix: Tensor) -> Tensor:
+        """Return each two rows of a bf16 matrix [2K, N] as pairs, int32 [K, N], the first in the lower half."""
+        out = torch.empty(len(matrix) // 2, matrix.shape[1], dtype=torch.int32)
+        self._call("row_pairs", matrix.contiguous(), out, *out.shape)
+        return out
+
     def turned_pairs(self, matrix: Tensor, *, segment: int) -> Tensor | None:
         """Return pairs of columns of a matrix [N, r], fp32, for `rescale`; None if they are not all numbers of bf16."""
         rows, columns = matrix.shape
@@ -192,9 +198,9 @@ class Passes:
         assert right is not None
         rank = 0 if basis is None else basis.shape[1]
         vectors = vector(path.shift, x.shape[1], missing=0.0), vector(path.scale, x.shape[1], missing=1.0)
-        directions = None if basis is None or not path.deflates else row_pairs(basis.t())
-        branch = None if basis is None else row_pairs(basis), directions, rank
-        factors = column_pairs(left.t()), row_pairs(right), len(left), len(right)
+        directions = None if basis is None or not path.deflates else column_pairs(basis).t().contiguous()
+        branch = None if basis is None else self.row_pairs(basis), directions, rank
+        factors = column_pairs(left.t()), self.row_pairs(right), len(left), len(right)
         quantized = clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, coefficients
         less = (None, None) if means is None else means
         self._call("activation_path", x, x.stride(0), *vectors, *branch, *factors, *less, *quantized, *x.shape)
@@ -231,12 +237,6 @@ class Passes:
 
 def _qmax(num_bits: int) -> float:
     return float(code_range(num_bits)[1])
-
-
-def row_pairs(matrix: Tensor) -> Tensor:
-    """Return each two rows of a bf16 matrix [2K, N] as pairs, int32 [K, N], the first of a pair in its lower half."""
-    rows, columns = matrix.shape
-    return matrix.reshape(rows // 2, 2, columns).transpose(1, 2).contiguous().view(torch.int32).squeeze(2)
 
 
 def column_pairs(matrix: Tensor) -> Tensor:

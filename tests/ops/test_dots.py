@@ -1,0 +1,192 @@
+"""Products of bf16 by dot-product instructions: oneDNN's bits, and PyTorch's operations where they are not taken."""
+
+import pytest
+import torch
+
+from s2q.common.processor import features
+from s2q.core.cubes import QuantizedMeans
+from s2q.core.input_path import InputTensors
+from s2q.core.packing import pack_codes
+from s2q.ops import bits, fused
+from s2q.ops.activation_path import BACKENDS as PATHS
+from s2q.ops.passes import LONGEST_ROW, SEGMENT, Passes, column_pairs
+from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
+
+
+@pytest.fixture
+def dots(passes):
+    if not passes.has("activation_path") or "avx512_bf16" not in features():
+        pytest.skip("no AVX512-BF16")
+    assert passes.multiplies_pairs, "their bits differ from those of PyTorch's BLAS"
+    if "amx_bf16" in features():
+        pytest.skip("oneDNN multiplies bf16 with AMX")
+    assert passes.rotates, "their bits differ from oneDNN's"
+    return passes
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def path_of(n1, n2, rank=0, **others):
+    size = n1 * n2
+    basis = torch.linalg.qr(draw(size, rank, seed=5))[0].bfloat16() if rank else None
+    factors = {name: torch.linalg.qr(draw(n, n, seed=n))[0] for name, n in (("left", n1), ("right", n2))}
+    parts = {"shift": draw(size, seed=1) * 0.3, "scale": draw(size, seed=2).exp(), **factors, "low_rank_basis": basis}
+    return InputTensors(**(parts | others))
+
+
+def counted(monkeypatch):
+    calls, exact = [], Passes.activation_path
+
+    def count(self, *arguments, **options):
+        calls.append(arguments)
+        exact(self, *arguments, **options)
+
+    monkeypatch.setattr(Passes, "activation_path", count)
+    return calls
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("n1", "n2"), [(2, 2), (4, 6), (12, 16), (8, 48), (30, 64), (6, 70), (10, 98), (40, 48)])
+@pytest.mark.parametrize("rank", [0, 1, 6, 33])
+def test_codes_are_those_of_the_reference(n1, n2, rank, threads, dots, monkeypatch):
+    calls, before = counted(monkeypatch), torch.get_num_threads()
+    x = draw(77, 2 * n1 * n2).bfloat16()[:, : n1 * n2]
+    x[3], x[4] = 0, x[4] * 1e3
+    torch.set_num_threads(threads)
+    try:
+        for others in ({}, {"shift": None, "scale": None}, {"clip_ratio": draw(77, 1, seed=3).sigmoid()}):
+            path = path_of(n1, n2, min(rank, n1 * n2), **others)
+            exact, found = (PATHS[backend](x, path, num_bits=6) for backend in ("reference", "cpu"))
+            if n1 * n2 <= 512 or not rank:  # oneDNN sums coefficients of more features in pieces
+                assert all(torch.equal(one, other) for one, other in zip(found[:2], exact[:2], strict=True))
+            assert (found[0].int() - exact[0].int()).abs().max() <= 1
+            assert (found[0] != exact[0]).double().mean() < 1e-3
+            torch.testing.assert_close(found[1], exact[1], rtol=1e-2, atol=0)
+            assert (found[2] is None) == (rank == 0)
+            if found[2] is not None:
+                torch.testing.assert_close(found[2], exact[2], rtol=1e-2, atol=1e-2)
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == 3
+
+
+def test_a_branch_that_is_taken_from_the_weight_leaves_the_input(dots, monkeypatch):
+    calls, x, path = counted(monkeypatch), draw(20, 192).bfloat16(), path_of(12, 16, 5)
+    without, found = (
+        PATHS["cpu"](x, path._replace(**parts), num_bits=6) for parts in ({"low_rank_basis": None}, {"deflates": False})
+    )
+    assert torch.equal(found[0], without[0])
+    assert torch.equal(found[1], without[1])
+    assert torch.equal(found[2], PATHS["cpu"](x, path, num_bits=6)[2])
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_means_are_subtracted_after_the_rotation(rank, dots, monkeypatch):
+    calls, x, path = counted(monkeypatch), draw(50, 192).bfloat16(), path_of(12, 16, rank)
+    codes = torch.randint(-128, 128, (6, 192), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    means = QuantizedMeans(codes, draw(6, 1).abs() / 50, torch.arange(50, dtype=torch.int32) % 6)
+    exact, found = (PATHS[backend](x, path, num_bits=4, means=means) for backend in ("reference", "cpu"))
+    assert torch.equal(found[0], exact[0])
+    assert torch.equal(found[1], exact[1])
+    assert len(calls) == 1
+
+
+def test_numbers_that_are_not_finite(dots, monkeypatch):
+    calls, x = counted(monkeypatch), draw(6, 192).bfloat16()
+    x[1, 7], x[2, 7], x[3] = torch.nan, torch.inf, 1e38
+    exact, found = (PATHS[backend](x, path_of(12, 16), num_bits=6) for backend in ("reference", "cpu"))
+    torch.testing.assert_close(found[1], exact[1], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[0], exact[0])
+    assert bool(found[1][1].isnan())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "path"),
+    [
+        (draw(20, 192), path_of(12, 16)),
+        (draw(20, 192).half(), path_of(12, 16)),
+        (draw(20, 192).bfloat16(), path_of(12, 16, left=None, right=draw(192, 192))),
+        (draw(20, 195).bfloat16(), path_of(13, 15)),
+        (draw(20, 180).bfloat16(), path_of(12, 15)),
+        (draw(0, 192).bfloat16(), path_of(12, 16)),
+        (draw(192, 20).bfloat16().t(), path_of(12, 16)),
+        (draw(2, 2 * LONGEST_ROW).bfloat16(), path_of(256, LONGEST_ROW // 128)),
+    ],
+    ids=["fp32", "fp16", "one factor", "odd orders", "an odd order", "no rows", "columns apart", "long rows"],
+)
+def test_other_inputs_are_left_to_pytorch(x, path, dots, monkeypatch):
+    calls = counted(monkeypatch)
+    exact, found = (PATHS[backend](x, path, num_bits=6) for backend in ("reference", "cpu"))
+    assert (found[0] != exact[0]).double().sum() <= 1e-3 * x.numel()
+    assert not calls
+
+
+def test_where_amx_multiplies_or_the_bits_differ_pytorch_rotates(dots, monkeypatch):
+    fresh = Passes(dots._library)
+    monkeypatch.setattr(fused, "features", lambda: features() | {"amx_bf16"})
+    assert not fused._with_products(fresh).rotates
+    assert fresh.multiplies_pairs
+    monkeypatch.setattr(fused, "features", lambda: features() - {"avx512_bf16"})
+    fresh = fused._with_products(Passes(dots._library))
+    assert (fresh.adds_branches, fresh.multiplies_pairs, fresh.rotates) == (True, False, False)
+    monkeypatch.undo()
+    exact = Passes.activation_path
+
+    def wrong(self, *arguments, codes, **options):
+        exact(self, *arguments, codes=codes, **options)
+        codes[-1, -1] ^= 1
+
+    monkeypatch.setattr(Passes, "activation_path", wrong)
+    assert not bits.paths_equal_torch(dots)
+    monkeypatch.setattr(Passes, "turned_pairs", lambda *arguments, **options: None)
+    assert not bits.branches_equal_torch(dots, pairs=True)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 32, 33, 192])
+@pytest.mark.parametrize("columns", [64, 100, SEGMENT, SEGMENT + 1, 4099])
+def test_a_branch_of_bf16_is_added_in_pairs(rank, columns, dots, monkeypatch):
+    given, rescale = [], Passes.rescale
+
+    def heard(self, *tensors, branch=None, out):
+        given.append(branch)
+        rescale(self, *tensors, branch=branch, out=out)
+
+    monkeypatch.setattr(Passes, "rescale", heard)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randint(-8, 8, (columns, 96), dtype=torch.int8, generator=generator)
+    x = torch.randint(-32, 32, (300, 96), dtype=torch.int8, generator=generator)
+    scales = draw(300, 1, seed=2).abs(), pack_codes(w, num_bits=4), draw(columns, seed=3).abs()
+    low, weight = (draw(300, rank) * 1e3).bfloat16().float(), draw(columns, rank, seed=1).bfloat16()
+    weight[0] = 0
+    for branch, kind in (((low, weight), torch.int32), ((low + 1e-3, weight), torch.float32)):
+        for dtype in (torch.float32, torch.bfloat16):
+            given.clear()
+            exact, found = (
+                rescaled_int_matmul(x, *scales, None, *branch, x_bits=6, w_bits=4, out_dtype=dtype, backend=backend)
+                for backend in ("reference", "cpu")
+            )
+            assert torch.equal(found, exact)
+            assert {one.dtype for pair in given for one in pair} == {kind}
+
+
+def test_pairs_have_the_first_number_in_the_lower_half(dots):
+    matrix = torch.arange(24.0).view(4, 6).bfloat16()
+    halves = [dots.row_pairs(matrix).view(torch.bfloat16).view(2, 6, 2), column_pairs(matrix).view(torch.bfloat16)]
+    assert torch.equal(halves[0], torch.stack([matrix[::2], matrix[1::2]], dim=2))
+    assert torch.equal(halves[1], matrix)
+
+
+def test_numbers_that_bf16_does_not_have_make_no_pairs(dots):
+    matrix = draw(5, 3).bfloat16().float()
+    found = dots.turned_pairs(matrix, segment=4)
+    assert found.shape == (2, 2, 4)
+    pairs = found.transpose(1, 2).reshape(8, 2).contiguous().view(torch.bfloat16).view(8, 2, 2).flip(2).flatten(1)
+    assert torch.equal(pairs[:5, :3].float(), matrix)
+    assert not bool(pairs[5:].any() or pairs[:, 3:].any())
+    for wrong in (1.0001, torch.nan):
+        matrix[4, 2] = wrong
+        assert dots.turned_pairs(matrix, segment=1) is None
