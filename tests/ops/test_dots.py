@@ -187,6 +187,8 @@ def test_numbers_that_bf16_does_not_have_make_no_pairs(dots):
     pairs = found.transpose(1, 2).reshape(8, 2).contiguous().view(torch.bfloat16).view(8, 2, 2).flip(2).flatten(1)
     assert torch.equal(pairs[:5, :3].float(), matrix)
     assert not bool(pairs[5:].any() or pairs[:, 3:].any())
-    for wrong in (1.0001, torch.nan):
-        matrix[4, 2] = wrong
+    for place, wrong in ((4, 2), 1.0001), ((4, 2), 1 + 2**-20), ((0, 0), 1e-45):
+        matrix[place] = wrong
         assert dots.turned_pairs(matrix, segment=1) is None
+        matrix[place] = torch.inf
+        assert dots.turned_pairs(matrix, segment=1) is not None

@@ -170,21 +170,27 @@ void s2q_row_pairs(const bf16 *restrict matrix, pair *restrict out, int64_t rows
     }
 }
 
-/* Pairs of columns of a matrix [rows, columns], the second in the lower half so that the first is added first, as
-   [rows / segment, columns / 2, segment] with 0 for what is missing of the last ones. `changed`: some are not bf16. */
-void s2q_turned_pairs(const float *matrix, int64_t segment, pair *out, int32_t *changed, int64_t rows,
+/* Pairs of columns of fp32 numbers, given by their bits, the second in the lower half so that the first is added first:
+   [rows, columns] as [rows / segment, columns / 2, segment], 0 where there is none. `rest`: bits that bf16 lacks. */
+void s2q_turned_pairs(const pair *restrict matrix, int64_t segment, pair *restrict out, int32_t *rest, int64_t rows,
                       int64_t columns) {
-    int64_t pairs = (columns + 1) / 2, end = (rows + segment - 1) / segment * segment;
-    int32_t differs = 0;
-    for (int64_t i = 0; i < end; i++)
-        for (int64_t k = 0; k < pairs; k++) {
-            float one = i < rows ? matrix[i * columns + 2 * k] : 0;
-            float other = i < rows && 2 * k + 1 < columns ? matrix[i * columns + 2 * k + 1] : 0;
-            bf16 first = narrow_bf16(one), second = narrow_bf16(other);
-            differs |= !(wide_bf16(first) == one) | !(wide_bf16(second) == other);
-            out[(i - i % segment) * pairs + k * segment + i % segment] = (pair)first << 16 | second;
+    int64_t pairs = (columns + 1) / 2;
+    pair bits = 0;
+    if (rows % segment) memset(out + rows / segment * segment * pairs, 0, segment * pairs * sizeof(pair));
+    for (int64_t i = 0; i < rows; i++) {
+        const pair *row = matrix + i * columns;
+        pair *place = out + (i - i % segment) * pairs + i % segment;
+        for (int64_t k = 0; k < columns / 2; k++) {
+            pair first = row[2 * k], second = row[2 * k + 1];
+            bits |= first | second;
+            place[k * segment] = (first & 0xFFFF0000) | second >> 16;
         }
-    *changed = differs;
+        if (columns % 2) {
+            bits |= row[columns - 1];
+            place[columns / 2 * segment] = row[columns - 1] & 0xFFFF0000;
+        }
+    }
+    *rest = (int32_t)(bits & 0xFFFF);
 }
 
 /* As s2q_rescale_branch, with pairs from s2q_turned_pairs: of low in segments of 1, of branch in those of SEGMENT. */

@@ -164,9 +164,9 @@ class Passes:
         """Return pairs of columns of a matrix [N, r], fp32, for `rescale`; None if they are not all numbers of bf16."""
         rows, columns = matrix.shape
         shape = (-(-rows // segment), -(-columns // 2), segment)
-        out, changed = torch.empty(shape, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-        self._call("turned_pairs", matrix, segment, out, changed, rows, columns)
-        return None if changed.item() else out.squeeze(2) if segment == 1 else out
+        out, rest = torch.empty(shape, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+        self._call("turned_pairs", matrix, segment, out, rest, rows, columns)
+        return None if rest.item() else out.squeeze(2) if segment == 1 else out
 
     def activation_path(
         self,
