@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from s2q.common.errors import InvalidInputError
 from s2q.common.processor import features
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.packing import pack_codes
 from s2q.ops import bits, fused
 from s2q.ops.activation_path import BACKENDS as PATHS
-from s2q.ops.passes import LONGEST_ROW, SEGMENT, Passes, column_pairs
+from s2q.ops.passes import HIGHEST_RANK, LONGEST_ROW, SEGMENT, Passes, column_pairs
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 
 
@@ -17,7 +18,7 @@ from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 def dots(passes):
     if not passes.has("activation_path") or "avx512_bf16" not in features():
         pytest.skip("no AVX512-BF16")
-    assert passes.multiplies_pairs, "their bits differ from those of PyTorch's BLAS"
+    assert passes.adds_bf16_branches, "their bits differ from those of PyTorch's BLAS"
     if "amx_bf16" in features():
         pytest.skip("oneDNN multiplies bf16 with AMX")
     assert passes.rotates, "their bits differ from oneDNN's"
@@ -115,8 +116,11 @@ def test_numbers_that_are_not_finite(dots, monkeypatch):
         (draw(0, 192).bfloat16(), path_of(12, 16)),
         (draw(192, 20).bfloat16().t(), path_of(12, 16)),
         (draw(2, 2 * LONGEST_ROW).bfloat16(), path_of(256, LONGEST_ROW // 128)),
+        (draw(2, 516).bfloat16(), path_of(2, 258)),
+        (draw(2, 1200).bfloat16(), path_of(24, 50, HIGHEST_RANK + 1)),
     ],
-    ids=["fp32", "fp16", "one factor", "odd orders", "an odd order", "no rows", "columns apart", "long rows"],
+    ids=["fp32", "fp16", "one factor", "odd orders", "an odd order", "no rows", "columns apart", "long rows"]
+    + ["a large order", "a high rank"],
 )
 def test_other_inputs_are_left_to_pytorch(x, path, dots, monkeypatch):
     calls = counted(monkeypatch)
@@ -125,14 +129,46 @@ def test_other_inputs_are_left_to_pytorch(x, path, dots, monkeypatch):
     assert not calls
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shift": draw(191)},
+        {"scale": draw(193)},
+        {"left": draw(12, 14)},
+        {"right": draw(15, 16)},
+        {"left": draw(14, 14)},
+        {"low_rank_basis": draw(190, 4).bfloat16()},
+        {"clip_ratio": draw(7, 1)},
+    ],
+    ids=["shift", "scale", "left", "right", "order", "basis", "clip"],
+)
+def test_shapes_that_do_not_fit_are_an_error(wrong, dots):
+    with pytest.raises((RuntimeError, InvalidInputError)):
+        PATHS["cpu"](draw(20, 192).bfloat16(), path_of(12, 16, 4, **wrong), num_bits=6)
+
+
+@pytest.mark.parametrize("rows", [torch.arange(20), torch.arange(20) % 3 - 1, torch.zeros(19)], ids=["6", "-1", "19"])
+def test_means_that_are_not_there_are_an_error(rows, dots):
+    codes = torch.ones(6, 192, dtype=torch.int8)
+    means = QuantizedMeans(codes, torch.ones(6, 1), rows.int())
+    with pytest.raises(InvalidInputError, match=r"means of cubes.*expected those of 6 means for 20 tokens"):
+        PATHS["cpu"](draw(20, 192).bfloat16(), path_of(12, 16), num_bits=4, means=means)
+
+
+def test_coefficients_of_an_odd_rank_are_contiguous(dots):
+    found = PATHS["cpu"](draw(20, 192).bfloat16(), path_of(12, 16, 5), num_bits=6)[2]
+    assert found.shape == (20, 5)
+    assert found.is_contiguous()
+
+
 def test_where_amx_multiplies_or_the_bits_differ_pytorch_rotates(dots, monkeypatch):
     fresh = Passes(dots._library)
     monkeypatch.setattr(fused, "features", lambda: features() | {"amx_bf16"})
     assert not fused._with_products(fresh).rotates
-    assert fresh.multiplies_pairs
+    assert fresh.adds_bf16_branches
     monkeypatch.setattr(fused, "features", lambda: features() - {"avx512_bf16"})
     fresh = fused._with_products(Passes(dots._library))
-    assert (fresh.adds_branches, fresh.multiplies_pairs, fresh.rotates) == (True, False, False)
+    assert (fresh.adds_branches, fresh.adds_bf16_branches, fresh.rotates) == (True, False, False)
     monkeypatch.undo()
     exact = Passes.activation_path
 
@@ -142,7 +178,7 @@ def test_where_amx_multiplies_or_the_bits_differ_pytorch_rotates(dots, monkeypat
 
     monkeypatch.setattr(Passes, "activation_path", wrong)
     assert not bits.paths_equal_torch(dots)
-    monkeypatch.setattr(Passes, "turned_pairs", lambda *arguments, **options: None)
+    monkeypatch.setattr(Passes, "reversed_pairs", lambda *arguments, **options: None)
     assert not bits.branches_equal_torch(dots, pairs=True)
 
 
@@ -182,13 +218,13 @@ def test_pairs_have_the_first_number_in_the_lower_half(dots):
 
 def test_numbers_that_bf16_does_not_have_make_no_pairs(dots):
     matrix = draw(5, 3).bfloat16().float()
-    found = dots.turned_pairs(matrix, segment=4)
+    found = dots.reversed_pairs(matrix, segment=4)
     assert found.shape == (2, 2, 4)
     pairs = found.transpose(1, 2).reshape(8, 2).contiguous().view(torch.bfloat16).view(8, 2, 2).flip(2).flatten(1)
     assert torch.equal(pairs[:5, :3].float(), matrix)
     assert not bool(pairs[5:].any() or pairs[:, 3:].any())
     for place, wrong in ((4, 2), 1.0001), ((4, 2), 1 + 2**-20), ((0, 0), 1e-45):
         matrix[place] = wrong
-        assert dots.turned_pairs(matrix, segment=1) is None
+        assert dots.reversed_pairs(matrix, segment=1) is None
         matrix[place] = torch.inf
-        assert dots.turned_pairs(matrix, segment=1) is not None
+        assert dots.reversed_pairs(matrix, segment=1) is not None

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import InputTensors
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import quantize_per_token
@@ -55,10 +56,18 @@ def test_quantization_is_that_of_the_reference(passes, dtype, num_bits, clip):
     y[3], y[4, 5], y[5, 5], y[6] = 0, torch.nan, torch.inf, (y[6] * 4).round() / 8  # ties
     y[7] *= 1e-38
     codes, scale = torch.empty(40, 333, dtype=torch.int8), torch.empty(40, 1)
-    passes.quantize(y, vector(clip, 1, missing=1), num_bits=num_bits, codes=codes, scale=scale)
+    passes.quantize(y, vector(clip, 40, missing=1, single=True), num_bits=num_bits, codes=codes, scale=scale)
     expected = quantize_per_token(y, num_bits=num_bits, clip_ratio=clip)
     torch.testing.assert_close(scale, expected[1], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes, expected[0])
+
+
+@pytest.mark.parametrize(("value", "single"), [(draw(6), False), (draw(1), False), (draw(6), True), (draw(0), True)])
+def test_a_vector_of_another_length_is_refused(value, single):
+    with pytest.raises(InvalidInputError, match=f"{value.numel()}.; expected 7 numbers"):
+        vector(value, 7, missing=1, single=single)
+    assert vector(None, 7, missing=1, single=single).numel() == (1 if single else 7)
+    assert vector(draw(7), 7, missing=1, single=single).shape == (7,)
 
 
 def test_unpacking_and_rescaling_odd_sizes(passes):

@@ -69,6 +69,20 @@ OPS = {
         products,
         lambda b: products.rescaled_int_matmul(XQ, SX, WQ, SW, **BITS, out_dtype=torch.bfloat16, backend=b),
     ),
+    "rescaled_int_matmul, branch": (
+        products,
+        lambda b: products.rescaled_int_matmul(
+            XQ.repeat(8, 1),
+            SX.repeat(8, 1),
+            WQ.repeat(4, 1),
+            SW.repeat(4),
+            low_rank_input=REST["low_rank_input"].bfloat16().float().repeat(8, 1),
+            low_rank_weight=REST["low_rank_weight"].repeat(4, 1),
+            **BITS,
+            out_dtype=torch.bfloat16,
+            backend=b,
+        ),
+    ),
     "weight_only_matmul": (
         weights,
         lambda b: weights.weight_only_matmul(X, WQ, SW, bias=REST["bias"], w_bits=4, backend=b),

@@ -135,7 +135,7 @@ def branches_equal_torch(passes: Passes, *, pairs: bool = False) -> bool:
         branch = low, weight.t().contiguous()
         if pairs:
             low, weight = low.bfloat16().float(), weight.bfloat16().float()
-            of_low, of_weight = passes.turned_pairs(low, segment=1), passes.turned_pairs(weight, segment=SEGMENT)
+            of_low, of_weight = passes.reversed_pairs(low, segment=1), passes.reversed_pairs(weight, segment=SEGMENT)
             if of_low is None or of_weight is None:
                 return False
             branch = of_low, of_weight
@@ -157,7 +157,7 @@ def paths_equal_torch(passes: Passes) -> bool:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    for n1, n2, rank, tokens in ((12, 16, 0, 9), (24, 32, 6, 17), (8, 60, 32, 64)):
+    for n1, n2, rank, tokens in ((2, 256, 0, 9), (256, 2, 0, 9), (24, 40, 0, 17), (12, 16, 6, 17), (8, 60, 32, 64)):
         size, num_bits = n1 * n2, 6
         x, shift, scale, clip = draw(tokens, size).bfloat16(), draw(size), draw(size), draw(tokens).sigmoid()
         factors = [draw(order, order).bfloat16() / order**0.5 for order in (n1, n2)]

@@ -171,13 +171,14 @@ void s2q_row_pairs(const bf16 *restrict matrix, pair *restrict out, int64_t rows
 }
 
 /* Pairs of columns of fp32 numbers, given by their bits, the second in the lower half so that the first is added first:
-   [rows, columns] as [rows / segment, columns / 2, segment], 0 where there is none. `rest`: bits that bf16 lacks. */
-void s2q_turned_pairs(const pair *restrict matrix, int64_t segment, pair *restrict out, int32_t *rest, int64_t rows,
-                      int64_t columns) {
+   [rows, columns] as [rows / segment, columns / 2, segment], 0 where there is none. `rest` is not 0 if a number is not one
+   of bf16; the rows after it are not written then. */
+void s2q_reversed_pairs(const pair *restrict matrix, int64_t segment, pair *restrict out, int32_t *rest, int64_t rows,
+                        int64_t columns) {
     int64_t pairs = (columns + 1) / 2;
     pair bits = 0;
     if (rows % segment) memset(out + rows / segment * segment * pairs, 0, segment * pairs * sizeof(pair));
-    for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = 0; i < rows && !(bits & 0xFFFF); i++) {
         const pair *row = matrix + i * columns;
         pair *place = out + (i - i % segment) * pairs + i % segment;
         for (int64_t k = 0; k < columns / 2; k++) {
@@ -193,7 +194,7 @@ void s2q_turned_pairs(const pair *restrict matrix, int64_t segment, pair *restri
     *rest = (int32_t)(bits & 0xFFFF);
 }
 
-/* As s2q_rescale_branch, with pairs from s2q_turned_pairs: of low in segments of 1, of branch in those of SEGMENT. */
+/* As s2q_rescale_branch, with pairs from s2q_reversed_pairs: of low in segments of 1, of branch in those of SEGMENT. */
 #define RESCALE_PAIRS(TYPE)                                                                                            \
     void s2q_rescale_pairs_##TYPE(const int32_t *sums, const float *w_scale, const float *x_scale, const float *bias,  \
                                   const pair *low, const pair *branch, int64_t pairs, TYPE *out, int64_t out_stride,   \

@@ -359,7 +359,7 @@ static void add_pairs(const float *a, const float *b, float *sums, int64_t rows,
 }
 
 /* As s2q_rescale, with low [M, rank] times branch [rank, O] added in fp32 before the last rounding; O is at most PANEL.
-   Each sum over the rank starts at 0, as those of MKL do up to RANKS of ops/fused.py. */
+   Each sum over the rank starts at 0, as those of MKL do up to RANKS of ops/passes.py. */
 #define HIGH 8 /* rows at a time */
 #define RESCALE_BRANCH(TYPE)                                                                                           \
     void s2q_rescale_branch_##TYPE(const int32_t *sums, const float *w_scale, const float *x_scale, const float *bias, \

@@ -1,13 +1,15 @@
 """Elementwise passes on the CPU, fused into one each where there is a C compiler (`fused.c`), with PyTorch's bits.
 
 PyTorch takes three to seven operations for scaling, quantization, unpacking and rescaling each, many more for trainable
-quantization, and every one reads and writes all its data. Kronecker products with AVX-512 are passes as well. Gradients
-that are sums, towards clip ratios, largest magnitudes and factors, have an order of their own, the same for any number
-of threads. So are products of bf16 with AVX512-BF16 (`dots.c`): rotations, and low-rank branches of up to rank 192.
-The compiler runs once, for two seconds. The library is cached in $XDG_CACHE_HOME/s2q or ~/.cache/s2q, by
-a hash of source, flags and processor, and runs in PyTorch's OpenMP threads. Where there is no compiler, or a result
-differs from PyTorch's in a bit, or in more than the order of a sum, `passes` returns None and callers use PyTorch's
-operations. S2Q_FUSED=0 in the environment has the same effect.
+quantization, and every one reads and writes all its data. Kronecker products with AVX-512 are passes as well, and so
+are rotations and low-rank branches of bf16 with AVX512-BF16 (`dots.c`). Some sums have an order of their own, the same
+for any number of threads: gradients towards clip ratios, largest magnitudes and factors, and coefficients of a low-rank
+branch in bf16 with more than 512 in features.
+
+The compiler runs once, for two seconds. The library is cached in $XDG_CACHE_HOME/s2q or ~/.cache/s2q, by a hash of
+source, flags and processor, and runs in PyTorch's OpenMP threads. Where there is no compiler, or a pass differs from
+PyTorch's operations in a bit, `passes` returns None and callers use those operations. S2Q_FUSED=0 in the environment
+has the same effect. Products that differ are left out alone (`Passes.multiplies` and the like).
 """
 
 import contextlib
@@ -28,7 +30,7 @@ from s2q.ops import bits
 from s2q.ops.passes import PANEL, SEGMENT, Passes
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused.c", "dots.c", "rows.h"))
-"""The headers come last."""
+"""What is hashed; files that end in .c are compiled."""
 
 VARIABLE = "S2Q_FUSED"
 
@@ -68,7 +70,7 @@ def _with_products(passes: Passes) -> Passes:
     passes.multiplies = passes.has("kronecker") and bits.products_equal_torch(passes)
     passes.adds_branches = passes.multiplies and bits.branches_equal_torch(passes)
     if passes.has("activation_path") and "avx512_bf16" in features():
-        passes.multiplies_pairs = passes.adds_branches and bits.branches_equal_torch(passes, pairs=True)
+        passes.adds_bf16_branches = passes.adds_branches and bits.branches_equal_torch(passes, pairs=True)
         passes.rotates = "amx_bf16" not in features() and bits.paths_equal_torch(passes)
     return passes
 
@@ -123,7 +125,7 @@ def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
     objects = {source: str(folder / f"{source.stem}.o") for source in SOURCES if source.suffix == ".c"}
     library = folder / "fused.so"
     for command in (
-        *([compiler, *flags, "-c", str(source), "-o", compiled] for source, compiled in objects.items()),
+        *([compiler, *flags, "-c", str(source), "-o", path] for source, path in objects.items()),
         [compiler, "-shared", "-nostdlib", *objects.values(), "-o", str(library)],
     ):
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)

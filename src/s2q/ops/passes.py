@@ -9,6 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range
 
@@ -31,8 +32,11 @@ SMALLEST_BRANCH = 64
 ORDERS = range(12, 65)
 """Orders of factors that `kronecker` takes: BLAS sums smaller products otherwise, and larger ones leave the caches."""
 
-LONGEST_ROW = 1 << 15
-"""In features of `activation_path`, at most: eight rows lie on a thread's stack."""
+ROTATED_ORDERS = range(2, 257, 2)
+"""Orders of the factors of `activation_path`; `ops.bits` compares the smallest and largest."""
+
+LONGEST_ROW, HIGHEST_RANK = 1 << 15, 512
+"""In features and rank of `activation_path`, at most: eight rows lie on a thread's stack, in 0.8 MiB."""
 
 _PIECE, _PIECES = 32, 64  # rows whose gradients are summed in one thread, at least, and how many such sums at most
 
@@ -43,14 +47,14 @@ class Passes:
     Attributes:
         multiplies: Whether there are products (with AVX-512), whose bits are those of PyTorch's BLAS.
         adds_branches: Whether `rescale` can add a low-rank branch, with the same bits.
-        multiplies_pairs: Whether `rescale` takes a branch in pairs of bf16 (with AVX512-BF16), with the same bits.
-        rotates: Whether there is `activation_path` (with AVX512-BF16), whose bits are those of oneDNN.
+        adds_bf16_branches: Whether `rescale` takes a branch in pairs of bf16 (with AVX512-BF16), with the same bits.
+        rotates: Whether there is `activation_path` (with AVX512-BF16), whose sums of up to 512 terms are oneDNN's.
 
     Args:
         library: `fused.c` and `dots.c`, loaded.
     """
 
-    multiplies = adds_branches = multiplies_pairs = rotates = False
+    multiplies = adds_branches = adds_bf16_branches = rotates = False
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -144,8 +148,8 @@ class Passes:
         """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided.
 
         A bias of -0 changes nothing, not even the sign of zero. A branch is coefficients [M, r] and a weight [r, O],
-        whose product is added before the last rounding: both fp32, with O at most `PANEL`, or `turned_pairs` of [M, r]
-        in segments of 1 and of [O, r] in those of `SEGMENT`.
+        whose product is added before the last rounding. Both are fp32, with O at most `PANEL`, or `reversed_pairs`: of
+        [M, r] in segments of 1 and of [O, r] in those of `SEGMENT`.
         """
         name, vectors = NAMES[out.dtype], (sums, w_scale, x_scale, bias)
         if branch is None:
@@ -156,16 +160,16 @@ class Passes:
 
     def row_pairs(self, matrix: Tensor) -> Tensor:
         """Return each two rows of a bf16 matrix [2K, N] as pairs, int32 [K, N], the first in the lower half."""
-        out = torch.empty(len(matrix) // 2, matrix.shape[1], dtype=torch.int32)
+        out = torch.empty(len(matrix) // 2, matrix.shape[1], dtype=torch.int32, device="cpu")
         self._call("row_pairs", matrix.contiguous(), out, *out.shape)
         return out
 
-    def turned_pairs(self, matrix: Tensor, *, segment: int) -> Tensor | None:
+    def reversed_pairs(self, matrix: Tensor, *, segment: int) -> Tensor | None:
         """Return pairs of columns of a matrix [N, r], fp32, for `rescale`; None if they are not all numbers of bf16."""
         rows, columns = matrix.shape
         shape = (-(-rows // segment), -(-columns // 2), segment)
-        out, rest = torch.empty(shape, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-        self._call("turned_pairs", matrix, segment, out, rest, rows, columns)
+        out, rest = (torch.empty(size, dtype=torch.int32, device="cpu") for size in (shape, 1))
+        self._call("reversed_pairs", matrix, segment, out, rest, rows, columns)
         return None if rest.item() else out.squeeze(2) if segment == 1 else out
 
     def activation_path(
@@ -184,7 +188,7 @@ class Passes:
 
         Args:
             x: Rows may be strided.
-            path: n1, n2 and r are even; I is at most `LONGEST_ROW`.
+            path: n1 and n2 are in `ROTATED_ORDERS`, r is even and at most `HIGHEST_RANK`, I at most `LONGEST_ROW`.
             clip: [1] or [M].
             means: fp32 [C, I] and the row of each token there, int32 [M], subtracted after the rotation.
             codes: Written, int8 [M, I].
@@ -202,8 +206,8 @@ class Passes:
         branch = None if basis is None else self.row_pairs(basis), directions, rank
         factors = column_pairs(left.t()), self.row_pairs(right), len(left), len(right)
         quantized = clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, coefficients
-        less = (None, None) if means is None else means
-        self._call("activation_path", x, x.stride(0), *vectors, *branch, *factors, *less, *quantized, *x.shape)
+        of_means = (None, None) if means is None else means
+        self._call("activation_path", x, x.stride(0), *vectors, *branch, *factors, *of_means, *quantized, *x.shape)
 
     def look_up(self, x: Tensor, table: Tensor, *, out: Tensor) -> Tensor:
         """Write the values of x [M, I] in a table [65536] by the bits of x, all bf16, to `out`."""
@@ -241,11 +245,25 @@ def _qmax(num_bits: int) -> float:
 
 def column_pairs(matrix: Tensor) -> Tensor:
     """Return each two columns of a bf16 matrix [N, 2K] as pairs, int32 [N, K]."""
-    return matrix.contiguous().view(torch.int32)
+    matrix = matrix.contiguous()
+    return (matrix.clone() if matrix.storage_offset() % 2 else matrix).view(torch.int32)
 
 
-def vector(value: Tensor | None, length: int, *, missing: float) -> Tensor:
-    """Return a vector as the passes read it, contiguous fp32, or one of a constant: made once for all chunks."""
+def vector(value: Tensor | None, length: int, *, missing: float, single: bool = False) -> Tensor:
+    """Return a vector as the passes read it, contiguous fp32 [length]: made once for all chunks.
+
+    Args:
+        value: Of any shape; None is a vector of constants.
+        missing: The constant.
+        single: Whether one number for all, [1], will do.
+
+    Raises:
+        InvalidInputError: If there are not as many numbers; the passes would read beyond them.
+    """
     if value is None:
-        return torch.full((length,), missing, dtype=torch.float32, device="cpu")
+        return torch.full((1 if single else length,), missing, dtype=torch.float32, device="cpu")
+    if value.numel() != length and not (single and value.numel() == 1):
+        raise InvalidInputError(
+            f"compiled passes: got a vector {list(value.shape)}; expected {length} numbers{' or one' if single else ''}"
+        )
     return value.reshape(-1).float().contiguous()

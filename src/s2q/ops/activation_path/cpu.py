@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
 from s2q.ops.fused import passes
 from s2q.ops.kronecker import factor_orders
-from s2q.ops.passes import DTYPES, LONGEST_ROW, Passes, vector
+from s2q.ops.passes import DTYPES, HIGHEST_RANK, LONGEST_ROW, ROTATED_ORDERS, Passes, vector
 from s2q.ops.scratch import take
 
 CHUNK_BYTES = 2 << 20
@@ -52,7 +53,7 @@ def activation_path(
     if path.low_rank_basis is not None:
         coefficients = torch.empty(len(x), path.low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
-    ratios = None if fused is None else vector(clip, 1, missing=1.0)
+    ratios = None if fused is None else vector(clip, len(x), missing=1.0, single=True)
     dequantized = None if means is None else means.codes.float().mul_(means.scale)
     for start in range(0, len(x), max(1, size)):
         chunk = slice(start, start + size)
@@ -78,16 +79,27 @@ def activation_path(
 
 
 def _is_one_pass(fused: Passes, x: Tensor, path: InputTensors) -> bool:
-    """Whether `Passes.activation_path` takes the input."""
+    """Whether `Passes.activation_path` takes the input; shapes that do not fit are left to operations that say so."""
     if not fused.rotates or x.dtype != torch.bfloat16 or path.left is None or path.right is None:
         return False
-    even = len(path.left) % 2 == len(path.right) % 2 == 0
-    return even and x.stride(1) == 1 and x.numel() > 0 and x.shape[1] <= LONGEST_ROW
+    rows, size = x.shape
+    if not rows or x.stride(1) != 1 or size > LONGEST_ROW:
+        return False
+    orders = len(path.left), len(path.right)
+    squares = path.left.shape == (orders[0],) * 2 and path.right.shape == (orders[1],) * 2
+    vectors = all(part is None or part.numel() == size for part in (path.shift, path.scale))
+    clips = path.clip_ratio is None or path.clip_ratio.numel() in (1, rows)
+    basis = path.low_rank_basis is None or (
+        len(path.low_rank_basis) == size and 0 < path.low_rank_basis.shape[1] <= HIGHEST_RANK
+    )
+    fits = squares and orders[0] * orders[1] == size and vectors and clips and basis
+    return fits and all(order in ROTATED_ORDERS for order in orders)
 
 
 def _in_one_pass(
     fused: Passes, x: Tensor, path: InputTensors, *, num_bits: int, means: QuantizedMeans | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`activation_path` by `Passes.activation_path`."""
     basis = path.low_rank_basis
     odd = basis is not None and basis.shape[1] % 2 == 1
     if basis is not None and odd:  # a direction of zeros makes pairs of them
@@ -100,14 +112,26 @@ def _in_one_pass(
     fused.activation_path(
         x,
         path._replace(low_rank_basis=basis),
-        vector(path.clip_ratio, 1, missing=1.0),
+        vector(path.clip_ratio, len(x), missing=1.0, single=True),
         num_bits=num_bits,
-        means=None if means is None else (means.codes.float().mul_(means.scale), means.rows.int().contiguous()),
+        means=None if means is None else _dequantized(means, len(x)),
         codes=codes,
         scale=scale,
         coefficients=coefficients,
     )
-    return codes, scale, coefficients[:, :-1] if odd and coefficients is not None else coefficients
+    return codes, scale, coefficients[:, :-1].contiguous() if odd and coefficients is not None else coefficients
+
+
+def _dequantized(means: QuantizedMeans, tokens: int) -> tuple[Tensor, Tensor]:
+    """Means, fp32, and the row of each token there, int32, which is looked up without a check."""
+    values, rows = (means.codes.float() * means.scale).contiguous(), means.rows.int().contiguous()
+    lowest, highest = rows.aminmax()
+    if len(rows) != tokens or lowest < 0 or highest >= len(values):
+        raise InvalidInputError(
+            f"means of cubes: rows {int(lowest)} to {int(highest)} of {len(rows)} tokens; expected those of "
+            f"{len(values)} means for {tokens} tokens"
+        )
+    return values, rows
 
 
 class _Transform:

@@ -63,8 +63,8 @@ def rescaled_int_matmul(
     if low_rank_input is not None and branch is not None:
         joins = joins and _is_joined(low_rank_input, branch, rows=rows, columns=columns)
         low_rank_input = low_rank_input.contiguous()
-        if joins and fused is not None and fused.multiplies_pairs:
-            low_pairs = fused.turned_pairs(low_rank_input, segment=1)
+        if joins and fused is not None and fused.adds_bf16_branches:
+            low_pairs = fused.reversed_pairs(low_rank_input, segment=1)
     if fused is not None:  # -0 changes nothing, not even the sign of zero
         offset, x_scale = vector(bias, columns, missing=-0.0), vector(x_scale, rows, missing=1.0)
         w_scale = vector(w_scale, columns, missing=1.0)
@@ -142,7 +142,7 @@ def _is_joined(low_rank_input: Tensor, branch: Tensor, *, rows: int, columns: in
 
 def _joined_branch(fused: Passes, low: Tensor, low_pairs: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients [M, r] and the weight [O, r] as `Passes.rescale` takes them: in pairs if all are numbers of bf16."""
-    pairs = None if low_pairs is None else fused.turned_pairs(weight, segment=SEGMENT)
+    pairs = None if low_pairs is None else fused.reversed_pairs(weight, segment=SEGMENT)
     return (low, weight.t().contiguous()) if low_pairs is None or pairs is None else (low_pairs, pairs)
 
 
