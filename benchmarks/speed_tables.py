@@ -179,6 +179,20 @@ def step_estimates_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def launches_table(_: str) -> str:
+    """Estimated time of a distillation step on a GPU and of its launches on the host."""
+    result = json.loads((RESULTS / "launches.json").read_text())
+    head = ["recipe", "GPU", "operations", "host, ms", "device, ms", "device / host", "equal at, tokens"]
+    lines = table_head("model", head)
+    for step in result["steps"]:
+        host, device, fewest = step["host_seconds"], step["device_seconds"], step["fewest_tokens"]
+        cells = [f"`{step['recipe']}`", step["device"], f"{step['launches']:,.0f}", f"{1000 * host:.1f}"]
+        cells += [f"{1000 * device:,.0f}", f"{device / host:.1f}", "below 64" if fewest <= 64 else f"{fewest:,}"]
+        lines.append(table_row(f"{step['model']}, {step['tokens']:,} tokens", cells))
+    lines += ["", f"First block, one sample, bf16, estimated. Made by `{result['command']}`."]
+    return "\n".join(lines)
+
+
 def calibration_table(device: str) -> str:
     """A step of distillation of each recipe against that of the first, and a bf16 forward pass of the block."""
     content, steps = bench_results(f"{device}-one-thread", "calibration_block")

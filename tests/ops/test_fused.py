@@ -70,6 +70,12 @@ def test_a_vector_of_another_length_is_refused(value, single):
     assert vector(draw(7), 7, missing=1, single=single).shape == (7,)
 
 
+def test_a_tensor_that_is_not_on_the_cpu_is_refused(passes):
+    x, scale = draw(5, 8).bfloat16(), torch.empty(8, device="meta")
+    with pytest.raises(InvalidInputError, match="pass scale_bf16: got a tensor on meta; expected the CPU"):
+        passes.scale(x, scale, scale, out=torch.empty_like(x))
+
+
 def test_unpacking_and_rescaling_odd_sizes(passes):
     w = torch.randint(-8, 8, (33, 42), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packed, out = pack_codes(w, num_bits=4), torch.empty(33, 42, dtype=torch.int8)

@@ -231,7 +231,14 @@ class Passes:
         self._call(name, y, y.stride(0), scale, bounds, levels, len(levels), out, *y.shape)
 
     def _call(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        """Call a function: tensors are pointers, whole numbers int64, others fp32; each always gets the same kinds."""
+        """Call a function: tensors are pointers, whole numbers int64, others fp32; each always gets the same kinds.
+
+        Raises:
+            InvalidInputError: If a tensor is not on the CPU.
+        """
+        for value in arguments:
+            if isinstance(value, Tensor) and not value.is_cpu:
+                raise InvalidInputError(f"compiled pass {name}: got a tensor on {value.device}; expected the CPU")
         function = getattr(self._library, f"s2q_{name}")
         if function.argtypes is None:
             kinds = {int: ctypes.c_int64, float: ctypes.c_float}
