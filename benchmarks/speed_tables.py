@@ -182,14 +182,19 @@ def step_estimates_table(_: str) -> str:
 def launches_table(_: str) -> str:
     """Estimated time of a distillation step on a GPU and of its launches on the host."""
     result = json.loads((RESULTS / "launches.json").read_text())
-    head = ["recipe", "GPU", "operations", "host, ms", "device, ms", "device / host", "equal at, tokens"]
+    head = ["GPU", "operations", "host, ms", "device, ms", "device / host", "at least", "equal at, tokens"]
     lines = table_head("model", head)
     for step in result["steps"]:
-        host, device, fewest = step["host_seconds"], step["device_seconds"], step["fewest_tokens"]
-        cells = [f"`{step['recipe']}`", step["device"], f"{step['launches']:,.0f}", f"{1000 * host:.1f}"]
-        cells += [f"{1000 * device:,.0f}", f"{device / host:.1f}", "below 64" if fewest <= 64 else f"{fewest:,}"]
+        host, device, equal = step["host_seconds"], step["device_seconds"], step["equal_at_tokens"]
+        cells = [step["device"], f"{step['launches']:,.0f}", f"{1000 * host:.1f}", f"{1000 * device:,.0f}"]
+        cells += [f"{ratio:,.2g}" if ratio < 10 else f"{ratio:,.0f}" for ratio in (device / host, step["least_ratio"])]
+        cells += ["longer" if equal is None else "below 64" if equal <= 64 else f"{equal:,}"]
         lines.append(table_row(f"{step['model']}, {step['tokens']:,} tokens", cells))
-    lines += ["", f"First block, one sample, bf16, estimated. Made by `{result['command']}`."]
+    lines += [
+        "",
+        f"`{result['recipe']}`, first block, one sample, bf16, estimated. At least: a fast device and a slow host. "
+        f"Made by `{result['command']}`.",
+    ]
     return "\n".join(lines)
 
 

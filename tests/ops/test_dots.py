@@ -49,7 +49,9 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("n1", "n2"), [(2, 2), (4, 6), (12, 16), (8, 48), (30, 64), (6, 70), (10, 98), (40, 48)])
+@pytest.mark.parametrize(
+    ("n1", "n2"), [(2, 2), (4, 6), (12, 16), (8, 48), (30, 64), (6, 70), (10, 98), (40, 48), (256, 2)]
+)
 @pytest.mark.parametrize("rank", [0, 1, 6, 33])
 def test_codes_are_those_of_the_reference(n1, n2, rank, threads, dots, monkeypatch):
     calls, before = counted(monkeypatch), torch.get_num_threads()
@@ -60,14 +62,19 @@ def test_codes_are_those_of_the_reference(n1, n2, rank, threads, dots, monkeypat
         for others in ({}, {"shift": None, "scale": None}, {"clip_ratio": draw(77, 1, seed=3).sigmoid()}):
             path = path_of(n1, n2, min(rank, n1 * n2), **others)
             exact, found = (PATHS[backend](x, path, num_bits=6) for backend in ("reference", "cpu"))
-            if n1 * n2 <= 512 or not rank:  # oneDNN sums coefficients of more features in pieces
-                assert all(torch.equal(one, other) for one, other in zip(found[:2], exact[:2], strict=True))
-            assert (found[0].int() - exact[0].int()).abs().max() <= 1
-            assert (found[0] != exact[0]).double().mean() < 1e-3
-            torch.testing.assert_close(found[1], exact[1], rtol=1e-2, atol=0)
             assert (found[2] is None) == (rank == 0)
-            if found[2] is not None:
-                torch.testing.assert_close(found[2], exact[2], rtol=1e-2, atol=1e-2)
+            if found[2] is None or n1 * n2 <= 512:
+                assert all(
+                    one is other is None or torch.equal(one, other) for one, other in zip(found, exact, strict=True)
+                )
+                continue
+            # oneDNN sums coefficients of more features in pieces
+            last_bit = torch.exp2(exact[2].abs().clamp(min=1e-30).log2().floor() - 7)
+            assert bool(((found[2] - exact[2]).abs() <= last_bit).double().mean() > 0.999)
+            assert (found[2] != exact[2]).double().mean() < 5e-3
+            assert (found[0].int() - exact[0].int()).abs().max() <= 1
+            assert (found[0] != exact[0]).double().mean() < 2e-4
+            torch.testing.assert_close(found[1], exact[1], rtol=1e-2, atol=0)
     finally:
         torch.set_num_threads(before)
     assert len(calls) == 3
@@ -147,11 +154,15 @@ def test_shapes_that_do_not_fit_are_an_error(wrong, dots):
         PATHS["cpu"](draw(20, 192).bfloat16(), path_of(12, 16, 4, **wrong), num_bits=6)
 
 
-@pytest.mark.parametrize("rows", [torch.arange(20), torch.arange(20) % 3 - 1, torch.zeros(19)], ids=["6", "-1", "19"])
-def test_means_that_are_not_there_are_an_error(rows, dots):
-    codes = torch.ones(6, 192, dtype=torch.int8)
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [(torch.arange(20), 192), (torch.arange(20) % 3 - 1, 192), (torch.zeros(19), 192), (torch.zeros(20), 190)],
+    ids=["6", "-1", "19", "190"],
+)
+def test_means_that_are_not_there_are_an_error(rows, features, dots):
+    codes = torch.ones(6, features, dtype=torch.int8)
     means = QuantizedMeans(codes, torch.ones(6, 1), rows.int())
-    with pytest.raises(InvalidInputError, match=r"means of cubes.*expected those of 6 means for 20 tokens"):
+    with pytest.raises(InvalidInputError, match=r"means of cubes.*expected 192 features.*for 20 tokens"):
         PATHS["cpu"](draw(20, 192).bfloat16(), path_of(12, 16), num_bits=4, means=means)
 
 
@@ -178,7 +189,13 @@ def test_where_amx_multiplies_or_the_bits_differ_pytorch_rotates(dots, monkeypat
 
     monkeypatch.setattr(Passes, "activation_path", wrong)
     assert not bits.paths_equal_torch(dots)
-    monkeypatch.setattr(Passes, "reversed_pairs", lambda *arguments, **options: None)
+    rescale = Passes.rescale
+
+    def inexact(self, *tensors, branch=None, out):
+        rescale(self, *tensors, branch=branch, out=out)
+        out[-1, -1] *= 1 + 2**-7
+
+    monkeypatch.setattr(Passes, "rescale", inexact)
     assert not bits.branches_equal_torch(dots, pairs=True)
 
 
@@ -209,11 +226,44 @@ def test_a_branch_of_bf16_is_added_in_pairs(rank, columns, dots, monkeypatch):
             assert {one.dtype for pair in given for one in pair} == {kind}
 
 
+def test_pieces_of_a_weight_may_have_other_numbers_than_bf16(dots):
+    generator = torch.Generator().manual_seed(0)
+    w, x = (torch.randint(-8, 8, (rows, 96), dtype=torch.int8, generator=generator) for rows in (4099, 70))
+    low, weight = draw(70, 8).bfloat16().float(), draw(4099, 8, seed=1).bfloat16().float()
+    weight[4000] += 1e-4
+    exact, found = (
+        rescaled_int_matmul(
+            x,
+            draw(70, 1, seed=2).abs(),
+            pack_codes(w, num_bits=4),
+            draw(4099, seed=3).abs(),
+            low_rank_input=low,
+            low_rank_weight=weight,
+            x_bits=6,
+            w_bits=4,
+            out_dtype=torch.bfloat16,
+            backend=backend,
+        )
+        for backend in ("reference", "cpu")
+    )
+    assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize(("n1", "n2", "rank"), [(256, 128, 0), (256, 128, 6), (12, 16, HIGHEST_RANK)])
+def test_the_longest_rows_and_the_highest_rank(n1, n2, rank, dots, monkeypatch):
+    calls, x = counted(monkeypatch), draw(9, n1 * n2).bfloat16()
+    parts = {"low_rank_basis": draw(n1 * n2, rank, seed=5).bfloat16() / 200 if rank else None}
+    exact, found = (PATHS[backend](x, path_of(n1, n2, **parts), num_bits=6) for backend in ("reference", "cpu"))
+    assert (found[0] != exact[0]).double().mean() <= (2e-3 if rank else 0)
+    assert len(calls) == 1
+
+
 def test_pairs_have_the_first_number_in_the_lower_half(dots):
-    matrix = torch.arange(24.0).view(4, 6).bfloat16()
-    halves = [dots.row_pairs(matrix).view(torch.bfloat16).view(2, 6, 2), column_pairs(matrix).view(torch.bfloat16)]
-    assert torch.equal(halves[0], torch.stack([matrix[::2], matrix[1::2]], dim=2))
-    assert torch.equal(halves[1], matrix)
+    whole = torch.arange(25.0).bfloat16()
+    for matrix in (whole[:24].view(4, 6), whole[1:].view(4, 6), whole[:24].view(6, 4).t()):
+        bits_of = matrix.float().contiguous().view(torch.int32) >> 16
+        assert torch.equal(dots.row_pairs(matrix), bits_of[::2] | bits_of[1::2] << 16)
+        assert torch.equal(column_pairs(matrix), bits_of[:, ::2] | bits_of[:, 1::2] << 16)
 
 
 def test_numbers_that_bf16_does_not_have_make_no_pairs(dots):

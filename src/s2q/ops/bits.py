@@ -9,7 +9,7 @@ from s2q.core.input_path import InputTensors
 from s2q.core.memo import saved_as_usual
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import fake_quantize_rows, quantize_per_token
-from s2q.ops.passes import DTYPES, PANEL, RANKS, SEGMENT, SMALLEST_BRANCH, Passes, vector
+from s2q.ops.passes import DTYPES, HIGHEST_RANK, PANEL, RANKS, SEGMENT, SMALLEST_BRANCH, Passes, vector
 
 
 @in_fresh_torch_state
@@ -157,7 +157,13 @@ def paths_equal_torch(passes: Passes) -> bool:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    for n1, n2, rank, tokens in ((2, 256, 0, 9), (256, 2, 0, 9), (24, 40, 0, 17), (12, 16, 6, 17), (8, 60, 32, 64)):
+    for n1, n2, rank, tokens in (
+        (2, 256, 0, 9),
+        (256, 2, 0, 9),
+        (24, 40, 0, 17),
+        (12, 16, 6, 17),
+        (12, 16, HIGHEST_RANK, 9),
+    ):
         size, num_bits = n1 * n2, 6
         x, shift, scale, clip = draw(tokens, size).bfloat16(), draw(size), draw(size), draw(tokens).sigmoid()
         factors = [draw(order, order).bfloat16() / order**0.5 for order in (n1, n2)]

@@ -2,7 +2,7 @@
 
    ops/fused.py compiles this file with fused.c; without AVX512-BF16 it is empty. An operand holds pairs of numbers that
    are multiplied and added together, the first of a pair in its lower half: [2K, N] as [K, N]. The instruction adds the
-   product of the upper halves first, each product in one rounding, and takes subnormal numbers for 0, as oneDNN does.
+   product of the upper halves first, rounds after each product, and takes subnormal numbers for 0, as oneDNN does.
    M rows (tokens), I in features, O out features, r rank. */
 
 #include "rows.h"

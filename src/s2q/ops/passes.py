@@ -35,7 +35,7 @@ ORDERS = range(12, 65)
 ROTATED_ORDERS = range(2, 257, 2)
 """Orders of the factors of `activation_path`; `ops.bits` compares the smallest and largest."""
 
-LONGEST_ROW, HIGHEST_RANK = 1 << 15, 512
+LONGEST_ROW, HIGHEST_RANK = 1 << 15, 256
 """In features and rank of `activation_path`, at most: eight rows lie on a thread's stack, in 0.8 MiB."""
 
 _PIECE, _PIECES = 32, 64  # rows whose gradients are summed in one thread, at least, and how many such sums at most

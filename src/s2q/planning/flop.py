@@ -159,9 +159,9 @@ def block_work(
         samples: S, calls of the block.
         epochs: Epochs of distillation and of refinement, each with the number of times that it looks at all samples.
     """
-    plain = _in_tf32(forward_work(shape, dtype))
+    plain = in_tf32(forward_work(shape, dtype))
     quantized = judging_work(shape, dtype)
-    step = _in_tf32(step_work(shape, dtype, checkpointed=checkpointed))
+    step = in_tf32(step_work(shape, dtype, checkpointed=checkpointed))
     sample = Work(transfer=shape.sample_bytes(dtype.itemsize, target_itemsize=dtype.itemsize))
     judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between
     total = (plain + sample) * samples + (quantized + sample) * (samples * judged)
@@ -192,10 +192,10 @@ def reaching_work(
 
 def judging_work(shape: BlockShape, dtype: torch.dtype) -> Work:
     """Count a pass of one sample through a block with quantized linears, in the dtype of calibration."""
-    return _in_tf32(forward_work(shape, dtype, quantized=True))
+    return in_tf32(forward_work(shape, dtype, quantized=True))
 
 
-def _in_tf32(work: Work) -> Work:
+def in_tf32(work: Work) -> Work:
     """Return work whose fp32 products run in TF32, as blocks are observed and distilled on a GPU."""
     return replace(work, products={"tf32" if rate == "fp32" else rate: flop for rate, flop in work.products.items()})
 

@@ -103,7 +103,7 @@ def _in_one_pass(
     basis = path.low_rank_basis
     odd = basis is not None and basis.shape[1] % 2 == 1
     if basis is not None and odd:  # a direction of zeros makes pairs of them
-        basis = F.pad(basis, (0, 1))
+        basis = F.pad(basis.bfloat16(), (0, 1))
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scale = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
     coefficients = None
@@ -114,7 +114,7 @@ def _in_one_pass(
         path._replace(low_rank_basis=basis),
         vector(path.clip_ratio, len(x), missing=1.0, single=True),
         num_bits=num_bits,
-        means=None if means is None else _dequantized(means, len(x)),
+        means=None if means is None else _dequantized(means, x.shape),
         codes=codes,
         scale=scale,
         coefficients=coefficients,
@@ -122,14 +122,14 @@ def _in_one_pass(
     return codes, scale, coefficients[:, :-1].contiguous() if odd and coefficients is not None else coefficients
 
 
-def _dequantized(means: QuantizedMeans, tokens: int) -> tuple[Tensor, Tensor]:
+def _dequantized(means: QuantizedMeans, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Means, fp32, and the row of each token there, int32, which is looked up without a check."""
     values, rows = (means.codes.float() * means.scale).contiguous(), means.rows.int().contiguous()
     lowest, highest = rows.aminmax()
-    if len(rows) != tokens or lowest < 0 or highest >= len(values):
+    if (len(rows), values.shape[1]) != shape or lowest < 0 or highest >= len(values):
         raise InvalidInputError(
-            f"means of cubes: rows {int(lowest)} to {int(highest)} of {len(rows)} tokens; expected those of "
-            f"{len(values)} means for {tokens} tokens"
+            f"means of cubes: got {list(values.shape)} and rows {int(lowest)} to {int(highest)} of {len(rows)} tokens; "
+            f"expected {shape[1]} features and rows of these means for {shape[0]} tokens"
         )
     return values, rows
 
