@@ -30,7 +30,7 @@ from s2q.ops import bits
 from s2q.ops.passes import PANEL, SEGMENT, Passes
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused.c", "dots.c", "rows.h"))
-"""What is hashed; files that end in .c are compiled."""
+"""Sources of the library, hashed together; those that end in .c are compiled."""
 
 VARIABLE = "S2Q_FUSED"
 

@@ -79,7 +79,7 @@ def activation_path(
 
 
 def _is_one_pass(fused: Passes, x: Tensor, path: InputTensors) -> bool:
-    """Whether `Passes.activation_path` takes the input; shapes that do not fit are left to operations that say so."""
+    """Whether `Passes.activation_path` takes the input; PyTorch takes shapes that do not fit, and refuses them."""
     if not fused.rotates or x.dtype != torch.bfloat16 or path.left is None or path.right is None:
         return False
     rows, size = x.shape
