@@ -93,7 +93,7 @@ NEEDS: dict[str, Need] = {
     "C compiler": Need(
         obstacle=lambda: fused.compiled()[1],
         purpose="fused passes on the CPU",
-        without="quantization and rescaling run in PyTorch, slower",
+        without="quantization and rescaling run in PyTorch, slower with the same bits",
         remedy="install gcc, or name a compiler in CC; S2Q_FUSED=0 switches the passes off",
     ),
     "ffmpeg": Need(

@@ -148,22 +148,23 @@ def branches_equal_torch(passes: Passes, *, pairs: bool = False) -> bool:
     return True
 
 
+Size = tuple[int, int, int, int]
+"""n1, n2, rank and tokens of an activation path."""
+
+NARROW: tuple[Size, ...] = (2, 256, 0, 9), (256, 2, 0, 9), (24, 40, 0, 17), (12, 16, 6, 17), (12, 16, HIGHEST_RANK, 9)
+WIDE: tuple[Size, ...] = (24, 32, 32, 130), (32, 32, 6, 40), (40, 48, 32, 130), (48, 64, 64, 40)
+
+
 @in_fresh_torch_state
 @torch.no_grad()
-def paths_equal_torch(passes: Passes) -> bool:
+def paths_equal_torch(passes: Passes, sizes: tuple[Size, ...]) -> bool:
     """Compare activation paths in bf16 with PyTorch's operations, bit for bit, with and without a branch and means."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    for n1, n2, rank, tokens in (
-        (2, 256, 0, 9),
-        (256, 2, 0, 9),
-        (24, 40, 0, 17),
-        (12, 16, 6, 17),
-        (12, 16, HIGHEST_RANK, 9),
-    ):
+    for n1, n2, rank, tokens in sizes:
         size, num_bits = n1 * n2, 6
         x, shift, scale, clip = draw(tokens, size).bfloat16(), draw(size), draw(size), draw(tokens).sigmoid()
         factors = [draw(order, order).bfloat16() / order**0.5 for order in (n1, n2)]

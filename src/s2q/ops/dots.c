@@ -74,6 +74,16 @@ INLINE void write_f32(void *out, int64_t stride, int64_t row, int64_t column, in
         for (int c = 0; c < wide; c++) _mm512_mask_storeu_ps(place + r * stride + 16 * c, masks[c], sums[r][c]);
 }
 
+INLINE void write_sum(void *out, int64_t stride, int64_t row, int64_t column, int count, int wide,
+                      const __mmask16 *masks, tile sums) {
+    float *place = (float *)out + row * stride + column;
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < wide; c++) {
+            __m512 before = _mm512_maskz_loadu_ps(masks[c], place + r * stride + 16 * c);
+            _mm512_mask_storeu_ps(place + r * stride + 16 * c, masks[c], _mm512_add_ps(before, sums[r][c]));
+        }
+}
+
 INLINE void write_bf16(void *out, int64_t stride, int64_t row, int64_t column, int count, int wide,
                        const __mmask16 *masks, tile sums) {
     bf16 *place = (bf16 *)out + row * stride + column;
@@ -109,14 +119,15 @@ INLINE void write_difference(void *out, int64_t stride, int64_t row, int64_t col
         }
 }
 
-/* a [rows, pairs] times b [pairs, columns], to `out`. */
+/* a [rows, pairs] times b [pairs, columns], to `out`, or added to it. */
 #define MULTIPLY(KIND)                                                                                                 \
-    static void multiply_##KIND(const pair *a, const pair *b, int64_t b_stride, int64_t pairs, int64_t rows,           \
-                                int64_t columns, void *out, int64_t stride) {                                          \
-        multiply_into(a, pairs, b, b_stride, pairs, rows, columns, out, stride, write_##KIND);                         \
+    static void multiply_##KIND(const pair *a, int64_t a_stride, const pair *b, int64_t b_stride, int64_t pairs,       \
+                                int64_t rows, int64_t columns, void *out, int64_t stride) {                            \
+        multiply_into(a, a_stride, b, b_stride, pairs, rows, columns, out, stride, write_##KIND);                      \
     }
 
 MULTIPLY(f32)
+MULTIPLY(sum)
 MULTIPLY(bf16)
 MULTIPLY(pairs)
 MULTIPLY(difference)
@@ -133,29 +144,38 @@ static float quantize_token(const bf16 *restrict y, const float *restrict mean, 
 
    `basis` has pairs of in features [I / 2, r] and `directions` pairs of directions [r / 2, I] of the low-rank branch,
    whose coefficients [M, r] are written. Both are null without one, `directions` where nothing is subtracted. `left`,
-   transposed, has pairs of columns [n1, n1 / 2], `right` pairs of rows [n2 / 2, n2]. The mean of row i is
-   means[mean_rows[i]]; null is none. */
+   transposed, has pairs of columns [n1, n1 / 2], `right` pairs of rows [n2 / 2, n2]. Coefficients are sums of sums over
+   `piece` pairs. The mean of row i is means[mean_rows[i]]; null is none. */
 void s2q_activation_path(const bf16 *x, int64_t x_stride, const float *shift, const float *scale, const pair *basis,
-                         const pair *directions, int64_t rank, const pair *left, const pair *right, int64_t n1,
-                         int64_t n2, const float *means, const int32_t *mean_rows, const float *clip,
+                         const pair *directions, int64_t rank, int64_t piece, const pair *left, const pair *right,
+                         int64_t n1, int64_t n2, const float *means, const int32_t *mean_rows, const float *clip,
                          int64_t clip_stride, float qmax, int8_t *codes, float *token_scale, float *coefficients,
                          int64_t rows, int64_t columns) {
     PARALLEL
     for (int64_t first = 0; first < rows; first += HIGH) {
         int64_t count = rows - first < HIGH ? rows - first : HIGH;
         pair scaled[HIGH * columns / 2], half[columns / 2], low[HIGH * rank / 2 + 1];
+        float sums[HIGH * rank + 1];
         bf16 y[columns];
         float difference[means ? columns : 1];
         for (int64_t r = 0; r < count; r++)
             scale_row(x + (first + r) * x_stride, shift, scale, (bf16 *)scaled + r * columns, columns);
-        if (basis) {
-            multiply_bf16(scaled, basis, rank, columns / 2, count, rank, low, rank);
-            for (int64_t k = 0; k < count * rank; k++) coefficients[first * rank + k] = wide_bf16(((bf16 *)low)[k]);
+        for (int64_t k = 0; k < (basis ? columns / 2 : 0); k += piece) {
+            int64_t pairs = columns / 2 - k < piece ? columns / 2 - k : piece;
+            if (k)
+                multiply_sum(scaled + k, columns / 2, basis + k * rank, rank, pairs, count, rank, sums, rank);
+            else
+                multiply_f32(scaled, columns / 2, basis, rank, pairs, count, rank, sums, rank);
         }
-        if (directions) multiply_difference(low, directions, columns, rank / 2, count, columns, scaled, columns);
+        for (int64_t k = 0; k < count * rank; k++) {
+            ((bf16 *)low)[k] = narrow_bf16(sums[k]);
+            coefficients[first * rank + k] = wide_bf16(((bf16 *)low)[k]);
+        }
+        if (directions)
+            multiply_difference(low, rank / 2, directions, columns, rank / 2, count, columns, scaled, columns);
         for (int64_t r = 0, i = first; r < count; r++, i++) {
-            multiply_pairs(scaled + r * columns / 2, right, n2, n2 / 2, n1, n2, half, n2);
-            multiply_bf16(left, half, n2, n1 / 2, n1, n2, y, n2);
+            multiply_pairs(scaled + r * columns / 2, n2 / 2, right, n2, n2 / 2, n1, n2, half, n2);
+            multiply_bf16(left, n1 / 2, half, n2, n1 / 2, n1, n2, y, n2);
             token_scale[i] = quantize_token(y, means ? means + mean_rows[i] * columns : 0, difference,
                                             clip[i * clip_stride], qmax, codes + i * columns, columns);
         }
@@ -171,8 +191,8 @@ void s2q_row_pairs(const bf16 *restrict matrix, pair *restrict out, int64_t rows
 }
 
 /* Pairs of columns of fp32 numbers, given by their bits, the second in the lower half so that the first is added first:
-   [rows, columns] as [rows / segment, columns / 2, segment], 0 where there is none. `rest` is not 0 if a number is not one
-   of bf16; the rows after it are not written then. */
+   [rows, columns] as [rows / segment, columns / 2, segment], 0 where there is none. `rest` is not 0 if bf16 lacks a
+   number; the rows after it are not written then. */
 void s2q_reversed_pairs(const pair *restrict matrix, int64_t segment, pair *restrict out, int32_t *rest, int64_t rows,
                         int64_t columns) {
     int64_t pairs = (columns + 1) / 2;
@@ -205,7 +225,8 @@ void s2q_reversed_pairs(const pair *restrict matrix, int64_t segment, pair *rest
             for (int64_t j = 0; j < columns; j += SEGMENT) {                                                           \
                 float more[HIGH * SEGMENT];                                                                            \
                 int64_t size = columns - j < SEGMENT ? columns - j : SEGMENT;                                          \
-                multiply_f32(low + first * pairs, branch + j * pairs, SEGMENT, pairs, count, size, more, SEGMENT);     \
+                multiply_f32(low + first * pairs, pairs, branch + j * pairs, SEGMENT, pairs, count, size, more,        \
+                             SEGMENT);                                                                                 \
                 for (int64_t r = 0, i = first; r < count; r++, i++)                                                    \
                     rescale_branch_row_##TYPE(sums + i * columns + j, w_scale + j, x_scale[i], bias + j,               \
                                               more + r * SEGMENT, out + i * out_stride + j, size);                     \

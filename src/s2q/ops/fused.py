@@ -2,9 +2,8 @@
 
 PyTorch takes three to seven operations for scaling, quantization, unpacking and rescaling each, many more for trainable
 quantization, and every one reads and writes all its data. Kronecker products with AVX-512 are passes as well, and so
-are rotations and low-rank branches of bf16 with AVX512-BF16 (`dots.c`). Some sums have an order of their own, the same
-for any number of threads: gradients towards clip ratios, largest magnitudes and factors, and coefficients of a low-rank
-branch in bf16 with more than 512 in features.
+are rotations and low-rank branches of bf16 with AVX512-BF16 (`dots.c`). Gradients that are sums, towards clip ratios,
+largest magnitudes and factors, have an order of their own, the same for any number of threads.
 
 The compiler runs once, for two seconds. The library is cached in $XDG_CACHE_HOME/s2q or ~/.cache/s2q, by a hash of
 source, flags and processor, and runs in PyTorch's OpenMP threads. Where there is no compiler, or a pass differs from
@@ -71,7 +70,8 @@ def _with_products(passes: Passes) -> Passes:
     passes.adds_branches = passes.multiplies and bits.branches_equal_torch(passes)
     if passes.has("activation_path") and "avx512_bf16" in features():
         passes.adds_bf16_branches = passes.adds_branches and bits.branches_equal_torch(passes, pairs=True)
-        passes.rotates = "amx_bf16" not in features() and bits.paths_equal_torch(passes)
+        passes.rotates = "amx_bf16" not in features() and bits.paths_equal_torch(passes, bits.NARROW)
+        passes.rotates_wide_branches = passes.rotates and bits.paths_equal_torch(passes, bits.WIDE)
     return passes
 
 

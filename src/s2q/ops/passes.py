@@ -48,13 +48,14 @@ class Passes:
         multiplies: Whether there are products (with AVX-512), whose bits are those of PyTorch's BLAS.
         adds_branches: Whether `rescale` can add a low-rank branch, with the same bits.
         adds_bf16_branches: Whether `rescale` takes a branch in pairs of bf16 (with AVX512-BF16), with the same bits.
-        rotates: Whether there is `activation_path` (with AVX512-BF16), whose sums of up to 512 terms are oneDNN's.
+        rotates: Whether there is `activation_path` (with AVX512-BF16), whose bits are those of oneDNN.
+        rotates_wide_branches: Whether that holds for low-rank branches of more than 512 in features too.
 
     Args:
         library: `fused.c` and `dots.c`, loaded.
     """
 
-    multiplies = adds_branches = adds_bf16_branches = rotates = False
+    multiplies = adds_branches = adds_bf16_branches = rotates = rotates_wide_branches = False
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -203,7 +204,7 @@ class Passes:
         rank = 0 if basis is None else basis.shape[1]
         vectors = vector(path.shift, x.shape[1], missing=0.0), vector(path.scale, x.shape[1], missing=1.0)
         directions = None if basis is None or not path.deflates else column_pairs(basis).t().contiguous()
-        branch = None if basis is None else self.row_pairs(basis), directions, rank
+        branch = None if basis is None else self.row_pairs(basis), directions, rank, _piece(x.shape[1]) // 2
         factors = column_pairs(left.t()), self.row_pairs(right), len(left), len(right)
         quantized = clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, coefficients
         of_means = (None, None) if means is None else means
@@ -244,6 +245,11 @@ class Passes:
             kinds = {int: ctypes.c_int64, float: ctypes.c_float}
             function.argtypes = [kinds.get(type(value), ctypes.c_void_p) for value in arguments]
         function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
+
+
+def _piece(features: int) -> int:
+    """In features whose products oneDNN adds up before it adds that sum to the others, in a product of few columns."""
+    return 512 if features <= 1024 else 1024
 
 
 def _qmax(num_bits: int) -> float:

@@ -89,11 +89,16 @@ def _is_one_pass(fused: Passes, x: Tensor, path: InputTensors) -> bool:
     squares = path.left.shape == (orders[0],) * 2 and path.right.shape == (orders[1],) * 2
     vectors = all(part is None or part.numel() == size for part in (path.shift, path.scale))
     clips = path.clip_ratio is None or path.clip_ratio.numel() in (1, rows)
-    basis = path.low_rank_basis is None or (
-        len(path.low_rank_basis) == size and 0 < path.low_rank_basis.shape[1] <= HIGHEST_RANK
-    )
-    fits = squares and orders[0] * orders[1] == size and vectors and clips and basis
-    return fits and all(order in ROTATED_ORDERS for order in orders)
+    fits = squares and orders[0] * orders[1] == size and vectors and clips
+    fits = fits and all(order in ROTATED_ORDERS for order in orders)
+    return fits and (path.low_rank_basis is None or _is_basis_of_one_pass(fused, path.low_rank_basis, size))
+
+
+def _is_basis_of_one_pass(fused: Passes, basis: Tensor, features: int) -> bool:
+    """Whether its coefficients have oneDNN's bits: one direction of a wide input is summed in yet another order."""
+    rank = basis.shape[1]
+    has_bits = features <= 512 or (fused.rotates_wide_branches and rank > 1)
+    return len(basis) == features and 0 < rank <= HIGHEST_RANK and has_bits
 
 
 def _in_one_pass(
