@@ -175,8 +175,10 @@ def test_the_wipe_of_a_comparison_uncovers_full_precision_under_every_entry(visi
         page.locator(".transport input").first.fill("2")
         page.evaluate("""async () => {
           const video = document.querySelector("video");
-          if (video.seeking) await new Promise((done) => video.addEventListener("seeked", done, {once: true}));
-          await new Promise(requestAnimationFrame);
+          do {
+            if (video.seeking) await new Promise((done) => video.addEventListener("seeked", done, {once: true}));
+            for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
+          } while (video.seeking);
         }""")
         (left, _), *before = page.evaluate(halves)
         page.locator("#wipe").check()

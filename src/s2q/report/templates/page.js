@@ -23,7 +23,7 @@
         video.removeAttribute("controls");
         video.addEventListener("error", () => this.fail());
         if (video.error) this.fail();
-        if (this.screens.length) for (const event of ["seeked", "loadeddata"]) video.addEventListener(event, () => this.draw());
+        if (this.screens.length) for (const event of ["seeked", "loadeddata"]) video.addEventListener(event, () => this.drawTwice());
       }
       this.toggle.addEventListener("click", () => this.want(!this.wanted));
       this.range.addEventListener("input", () => this.seek(Number(this.range.value)));
@@ -86,6 +86,10 @@
         else video.pause();
       }
       if (!this.wanted && this.master.readyState) this.rest(this.frame);
+    }
+    drawTwice() {  // the new frame may come to the screen after its event
+      this.draw();
+      requestAnimationFrame(() => this.draw());
     }
     draw() {
       const apart = difference.checked;
