@@ -8,6 +8,7 @@ since the GPU queues. The step of the first block of published models is counted
 ``benchmarks/results/launches.json``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ GPUS = ("h100", "4090")
 RESOLUTION = 64
 
 
-def work_of(model: SyntheticModel, tokens: int) -> Work:
-    """Count a step on the first block, in bf16, for one sample of so many video tokens."""
+def counter(model: SyntheticModel) -> Callable[[int], Work]:
+    """Return what counts a step on the first block, in bf16, for one sample of so many video tokens."""
     recipe, transformers = load_recipe(RECIPE), {"transformer": model.meta_transformer(blocks=1)}
-    workload = Workload(
-        tokens=tokens, frames=model.frames, text_tokens=model.text_tokens, branches=1, rows=1, components=None
-    )
     linears = resolve(recipe, recipe_linears(recipe, transformers), frames=model.frames)
-    return in_tf32(step_work(block_shapes(transformers, linears, workload)[0], torch.bfloat16, checkpointed=False))
+
+    def work_of(tokens: int) -> Work:
+        sizes = {"tokens": tokens, "frames": model.frames, "text_tokens": model.text_tokens}
+        workload = Workload(**sizes, branches=1, rows=1, components=None)
+        shape = block_shapes(transformers, linears, workload)[0]
+        return in_tf32(step_work(shape, torch.bfloat16, checkpointed=False))
+
+    return work_of
 
 
 def on_device(work: Work, rates: Rates, efficiency: Efficiency = EXPECTED) -> float:
@@ -49,16 +54,18 @@ def on_host(work: Work, efficiency: Efficiency = EXPECTED) -> float:
     return work.launches * efficiency.launch_seconds
 
 
-def equal_at(model: SyntheticModel, rates: Rates) -> int | None:
-    """Return the number of video tokens, to `RESOLUTION`, from which on the device takes longer, if there is one."""
-    low, high = 0, model.tokens
-    if on_device(work_of(model, high), rates) < on_host(work_of(model, high)):
-        return None
+def equal_at(work_of: Callable[[int], Work], tokens: int, rates: Rates) -> int | None:
+    """Return the number of video tokens up to the model's, to `RESOLUTION`, from which on the device takes longer."""
+
+    def is_longer(length: int) -> bool:
+        work = work_of(length)
+        return on_device(work, rates) >= on_host(work)
+
+    low, high = 0, tokens
     while high - low > RESOLUTION:
         middle = (low + high) // 2
-        work = work_of(model, middle)
-        low, high = (low, middle) if on_device(work, rates) >= on_host(work) else (middle, high)
-    return high
+        low, high = (low, middle) if is_longer(middle) else (middle, high)
+    return high if is_longer(high) else None
 
 
 def main() -> None:
@@ -66,13 +73,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in MODELS:
         model = synthetic_model(name)
-        work = work_of(model, model.tokens)
+        work_of = counter(model)
+        work = work_of(model.tokens)
         for gpu_name in GPUS:
             rates = gpu(gpu_name)
             row = {"model": name, "tokens": model.tokens, "device": gpu_name, "launches": work.launches}
             row |= {"device_seconds": on_device(work, rates), "host_seconds": on_host(work)}
             row |= {"least_ratio": on_device(work, rates, FAST) / on_host(work, SLOW)}
-            rows.append(row | {"equal_at_tokens": equal_at(model, rates)})
+            rows.append(row | {"equal_at_tokens": equal_at(work_of, model.tokens, rates)})
             print(rows[-1], flush=True)
     write_record(RESULT, {"schema_version": 1, **environment(), "recipe": RECIPE, "steps": rows})
 

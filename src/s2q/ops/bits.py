@@ -151,8 +151,9 @@ def branches_equal_torch(passes: Passes, *, pairs: bool = False) -> bool:
 Size = tuple[int, int, int, int]
 """n1, n2, rank and tokens of an activation path."""
 
-NARROW: tuple[Size, ...] = (2, 256, 0, 9), (256, 2, 0, 9), (24, 40, 0, 17), (12, 16, 6, 17), (12, 16, HIGHEST_RANK, 9)
-WIDE: tuple[Size, ...] = (24, 32, 32, 130), (32, 32, 6, 40), (40, 48, 32, 130), (48, 64, 64, 40)
+_LARGE_ORDERS: tuple[Size, ...] = (2, 256, 0, 9), (256, 2, 0, 9), (24, 40, 0, 17)
+NARROW_PATHS = (*_LARGE_ORDERS, (12, 16, 6, 17), (12, 16, HIGHEST_RANK, 9))
+WIDE_PATHS: tuple[Size, ...] = (24, 32, 32, 130), (32, 32, 6, 40), (40, 48, 32, 130), (48, 64, 64, 40)
 
 
 @in_fresh_torch_state

@@ -157,15 +157,13 @@ void s2q_activation_path(const bf16 *x, int64_t x_stride, const float *shift, co
         pair scaled[HIGH * columns / 2], half[columns / 2], low[HIGH * rank / 2 + 1];
         float sums[HIGH * rank + 1];
         bf16 y[columns];
+        memset(sums, 0, sizeof sums);
         float difference[means ? columns : 1];
         for (int64_t r = 0; r < count; r++)
             scale_row(x + (first + r) * x_stride, shift, scale, (bf16 *)scaled + r * columns, columns);
         for (int64_t k = 0; k < (basis ? columns / 2 : 0); k += piece) {
             int64_t pairs = columns / 2 - k < piece ? columns / 2 - k : piece;
-            if (k)
-                multiply_sum(scaled + k, columns / 2, basis + k * rank, rank, pairs, count, rank, sums, rank);
-            else
-                multiply_f32(scaled, columns / 2, basis, rank, pairs, count, rank, sums, rank);
+            multiply_sum(scaled + k, columns / 2, basis + k * rank, rank, pairs, count, rank, sums, rank);
         }
         for (int64_t k = 0; k < count * rank; k++) {
             ((bf16 *)low)[k] = narrow_bf16(sums[k]);

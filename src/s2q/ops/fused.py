@@ -70,8 +70,8 @@ def _with_products(passes: Passes) -> Passes:
     passes.adds_branches = passes.multiplies and bits.branches_equal_torch(passes)
     if passes.has("activation_path") and "avx512_bf16" in features():
         passes.adds_bf16_branches = passes.adds_branches and bits.branches_equal_torch(passes, pairs=True)
-        passes.rotates = "amx_bf16" not in features() and bits.paths_equal_torch(passes, bits.NARROW)
-        passes.rotates_wide_branches = passes.rotates and bits.paths_equal_torch(passes, bits.WIDE)
+        passes.rotates = "amx_bf16" not in features() and bits.paths_equal_torch(passes, bits.NARROW_PATHS)
+        passes.rotates_wide_branches = passes.rotates and bits.paths_equal_torch(passes, bits.WIDE_PATHS)
     return passes
 
 

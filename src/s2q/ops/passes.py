@@ -35,6 +35,9 @@ ORDERS = range(12, 65)
 ROTATED_ORDERS = range(2, 257, 2)
 """Orders of the factors of `activation_path`; `ops.bits` compares the smallest and largest."""
 
+IN_ORDER, _FEW = 512, 1024
+"""Terms that oneDNN sums in order. It sums up to `_FEW` in pieces of `IN_ORDER`, and more in those of `_FEW`."""
+
 LONGEST_ROW, HIGHEST_RANK = 1 << 15, 256
 """In features and rank of `activation_path`, at most: eight rows lie on a thread's stack, in 0.8 MiB."""
 
@@ -49,7 +52,7 @@ class Passes:
         adds_branches: Whether `rescale` can add a low-rank branch, with the same bits.
         adds_bf16_branches: Whether `rescale` takes a branch in pairs of bf16 (with AVX512-BF16), with the same bits.
         rotates: Whether there is `activation_path` (with AVX512-BF16), whose bits are those of oneDNN.
-        rotates_wide_branches: Whether that holds for low-rank branches of more than 512 in features too.
+        rotates_wide_branches: Whether that holds for low-rank branches of more than `IN_ORDER` in features too.
 
     Args:
         library: `fused.c` and `dots.c`, loaded.
@@ -195,20 +198,31 @@ class Passes:
             codes: Written, int8 [M, I].
             scale: Written, fp32 [M, 1].
             coefficients: Written where there is a basis, fp32 [M, r].
+
+        Raises:
+            InvalidInputError: If shapes do not fit, or a token's mean is not there: the pass would read beyond them.
         """
-        left, right, basis = (
-            None if one is None else one.bfloat16() for one in (path.left, path.right, path.low_rank_basis)
-        )
+        (rows, size), left, right, basis = x.shape, path.left, path.right, path.low_rank_basis
         assert left is not None
         assert right is not None
-        rank = 0 if basis is None else basis.shape[1]
-        vectors = vector(path.shift, x.shape[1], missing=0.0), vector(path.scale, x.shape[1], missing=1.0)
-        directions = None if basis is None or not path.deflates else column_pairs(basis).t().contiguous()
-        branch = None if basis is None else self.row_pairs(basis), directions, rank, _piece(x.shape[1]) // 2
-        factors = column_pairs(left.t()), self.row_pairs(right), len(left), len(right)
+        n1, n2, rank = len(left), len(right), 0 if basis is None else basis.shape[1]
+        shapes = [tuple(factor.shape) for factor in (left, right, basis) if factor is not None]
+        if n1 * n2 != size or shapes != [(n1, n1), (n2, n2), (size, rank)][: len(shapes)]:
+            raise InvalidInputError(
+                f"activation path: got factors and basis {shapes}; expected those of {size} features"
+            )
+        of_branch: tuple[Tensor | None, Tensor | None] = None, None
+        if basis is not None:
+            basis = basis.bfloat16()
+            directions = column_pairs(basis).t().contiguous() if path.deflates else None
+            of_branch = self.row_pairs(basis), directions
+        piece = IN_ORDER if size <= _FEW else _FEW
+        vectors = vector(path.shift, size, missing=0.0), vector(path.scale, size, missing=1.0)
+        factors = column_pairs(left.bfloat16().t()), self.row_pairs(right.bfloat16()), n1, n2
+        of_means = (None, None) if means is None else _checked_means(*means, x.shape)
         quantized = clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, coefficients
-        of_means = (None, None) if means is None else means
-        self._call("activation_path", x, x.stride(0), *vectors, *branch, *factors, *of_means, *quantized, *x.shape)
+        sizes = rank, piece // 2, *factors
+        self._call("activation_path", x, x.stride(0), *vectors, *of_branch, *sizes, *of_means, *quantized, rows, size)
 
     def look_up(self, x: Tensor, table: Tensor, *, out: Tensor) -> Tensor:
         """Write the values of x [M, I] in a table [65536] by the bits of x, all bf16, to `out`."""
@@ -247,13 +261,18 @@ class Passes:
         function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
 
 
-def _piece(features: int) -> int:
-    """In features whose products oneDNN adds up before it adds that sum to the others, in a product of few columns."""
-    return 512 if features <= 1024 else 1024
-
-
 def _qmax(num_bits: int) -> float:
     return float(code_range(num_bits)[1])
+
+
+def _checked_means(values: Tensor, rows: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    lowest, highest = rows.aminmax()
+    if (len(rows), values.shape[1]) != shape or lowest < 0 or highest >= len(values):
+        raise InvalidInputError(
+            f"means of cubes: got {list(values.shape)} and rows {int(lowest)} to {int(highest)} of {len(rows)} tokens; "
+            f"expected {shape[1]} features and rows of these means for {shape[0]} tokens"
+        )
+    return values, rows
 
 
 def column_pairs(matrix: Tensor) -> Tensor:

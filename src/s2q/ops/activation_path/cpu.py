@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2q.common.errors import InvalidInputError
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
 from s2q.ops.fused import passes
 from s2q.ops.kronecker import factor_orders
-from s2q.ops.passes import DTYPES, HIGHEST_RANK, LONGEST_ROW, ROTATED_ORDERS, Passes, vector
+from s2q.ops.passes import DTYPES, HIGHEST_RANK, IN_ORDER, LONGEST_ROW, ROTATED_ORDERS, Passes, vector
 from s2q.ops.scratch import take
 
 CHUNK_BYTES = 2 << 20
@@ -79,64 +78,45 @@ def activation_path(
 
 
 def _is_one_pass(fused: Passes, x: Tensor, path: InputTensors) -> bool:
-    """Whether `Passes.activation_path` takes the input; PyTorch takes shapes that do not fit, and refuses them."""
-    if not fused.rotates or x.dtype != torch.bfloat16 or path.left is None or path.right is None:
+    """Whether `Passes.activation_path` takes the input with the bits of PyTorch's operations."""
+    left, right, basis, (rows, size) = path.left, path.right, path.low_rank_basis, x.shape
+    if not fused.rotates or left is None or right is None or x.dtype != torch.bfloat16 or x.stride(1) != 1:
         return False
-    rows, size = x.shape
-    if not rows or x.stride(1) != 1 or size > LONGEST_ROW:
-        return False
-    orders = len(path.left), len(path.right)
-    squares = path.left.shape == (orders[0],) * 2 and path.right.shape == (orders[1],) * 2
-    vectors = all(part is None or part.numel() == size for part in (path.shift, path.scale))
-    clips = path.clip_ratio is None or path.clip_ratio.numel() in (1, rows)
-    fits = squares and orders[0] * orders[1] == size and vectors and clips
-    fits = fits and all(order in ROTATED_ORDERS for order in orders)
-    return fits and (path.low_rank_basis is None or _is_basis_of_one_pass(fused, path.low_rank_basis, size))
-
-
-def _is_basis_of_one_pass(fused: Passes, basis: Tensor, features: int) -> bool:
-    """Whether its coefficients have oneDNN's bits: one direction of a wide input is summed in yet another order."""
-    rank = basis.shape[1]
-    has_bits = features <= 512 or (fused.rotates_wide_branches and rank > 1)
-    return len(basis) == features and 0 < rank <= HIGHEST_RANK and has_bits
+    if basis is not None:
+        lowest = 1
+        if size > IN_ORDER:  # one direction of a wide input is summed in yet another order
+            lowest = 2 if fused.rotates_wide_branches else HIGHEST_RANK + 1
+        if not lowest <= basis.shape[1] <= HIGHEST_RANK:
+            return False
+    return 0 < rows and size <= LONGEST_ROW and len(left) in ROTATED_ORDERS and len(right) in ROTATED_ORDERS
 
 
 def _in_one_pass(
     fused: Passes, x: Tensor, path: InputTensors, *, num_bits: int, means: QuantizedMeans | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`activation_path` by `Passes.activation_path`."""
-    basis = path.low_rank_basis
-    odd = basis is not None and basis.shape[1] % 2 == 1
-    if basis is not None and odd:  # a direction of zeros makes pairs of them
-        basis = F.pad(basis.bfloat16(), (0, 1))
+    basis, coefficients, rank = path.low_rank_basis, None, 0
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scale = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
-    coefficients = None
     if basis is not None:
+        rank = basis.shape[1]
+        if rank % 2:  # a direction of zeros makes pairs of them
+            basis = F.pad(basis.bfloat16(), (0, 1))
         coefficients = torch.empty(len(x), basis.shape[1], dtype=torch.float32, device="cpu")
+    dequantized = None
+    if means is not None:
+        dequantized = (means.codes.float() * means.scale).contiguous(), means.rows.int().contiguous()
     fused.activation_path(
         x,
         path._replace(low_rank_basis=basis),
         vector(path.clip_ratio, len(x), missing=1.0, single=True),
         num_bits=num_bits,
-        means=None if means is None else _dequantized(means, x.shape),
+        means=dequantized,
         codes=codes,
         scale=scale,
         coefficients=coefficients,
     )
-    return codes, scale, coefficients[:, :-1].contiguous() if odd and coefficients is not None else coefficients
-
-
-def _dequantized(means: QuantizedMeans, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Means, fp32, and the row of each token there, int32, which is looked up without a check."""
-    values, rows = (means.codes.float() * means.scale).contiguous(), means.rows.int().contiguous()
-    lowest, highest = rows.aminmax()
-    if (len(rows), values.shape[1]) != shape or lowest < 0 or highest >= len(values):
-        raise InvalidInputError(
-            f"means of cubes: got {list(values.shape)} and rows {int(lowest)} to {int(highest)} of {len(rows)} tokens; "
-            f"expected {shape[1]} features and rows of these means for {shape[0]} tokens"
-        )
-    return values, rows
+    return codes, scale, None if coefficients is None else coefficients[:, :rank].contiguous()
 
 
 class _Transform:

@@ -9,6 +9,7 @@ Shapes: `M` tokens, `K` in features, `O` out features, `P` packed bytes of a row
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,12 +60,11 @@ def rescaled_int_matmul(
     pairs, direct = cpu.multiplies_pairs(x_bits=x_bits, w_bits=w_bits), branch is None and shared_output is None
     fused = None if pairs or (direct and out_dtype not in DTYPES) else passes()
     joins = fused is not None and fused.adds_branches and shared_output is None and out_dtype in DTYPES
-    low_pairs = None
+    join = None
     if low_rank_input is not None and branch is not None:
-        joins = joins and _is_joined(low_rank_input, branch, rows=rows, columns=columns)
         low_rank_input = low_rank_input.contiguous()
-        if joins and fused is not None and fused.adds_bf16_branches:
-            low_pairs = fused.reversed_pairs(low_rank_input, segment=1)
+        if fused is not None and joins and _is_joined(low_rank_input, branch, rows=rows, columns=columns):
+            join = _joiner(fused, low_rank_input, branch)
     if fused is not None:  # -0 changes nothing, not even the sign of zero
         offset, x_scale = vector(bias, columns, missing=-0.0), vector(x_scale, rows, missing=1.0)
         w_scale = vector(w_scale, columns, missing=1.0)
@@ -77,9 +77,7 @@ def rescaled_int_matmul(
         w_piece = w_codes
         if not w_codes.is_mkldnn:
             w_piece = _prepared(w_codes[wide], x_codes.shape[1], levels=looked_up, w_bits=w_bits, pairs=pairs)
-        joined = None
-        if joins and fused is not None and low_rank_input is not None and branch is not None:
-            joined = _joined_branch(fused, low_rank_input, low_pairs, branch[wide])
+        joined = None if join is None else join(wide)
         for start in range(0, rows, height):
             x_piece = x_codes[start : start + height]
             if pairs:
@@ -140,10 +138,18 @@ def _is_joined(low_rank_input: Tensor, branch: Tensor, *, rows: int, columns: in
     return fits and branch.shape == (columns, rank) and min(rows, columns) >= SMALLEST_BRANCH
 
 
-def _joined_branch(fused: Passes, low: Tensor, low_pairs: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients [M, r] and the weight [O, r] as `Passes.rescale` takes them: in pairs if all are numbers of bf16."""
-    pairs = None if low_pairs is None else fused.reversed_pairs(weight, segment=SEGMENT)
-    return (low, weight.t().contiguous()) if low_pairs is None or pairs is None else (low_pairs, pairs)
+def _joiner(fused: Passes, low: Tensor, weight: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    """Return what makes a branch for `Passes.rescale` of coefficients [M, r] and some rows of a weight [O, r].
+
+    It is in pairs where all numbers are those of bf16.
+    """
+    low_pairs = fused.reversed_pairs(low, segment=1) if fused.adds_bf16_branches else None
+
+    def join(wide: slice) -> tuple[Tensor, Tensor]:
+        pairs = None if low_pairs is None else fused.reversed_pairs(weight[wide], segment=SEGMENT)
+        return (low, weight[wide].t().contiguous()) if low_pairs is None or pairs is None else (low_pairs, pairs)
+
+    return join
 
 
 def _even_size(total: int, most: int) -> int:
