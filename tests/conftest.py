@@ -55,7 +55,10 @@ def pytest_collection():
 
 @pytest.fixture(scope="session", autouse=True)
 def every_dtype_has_arithmetic():
-    """Models compute in the dtype that they are stored in, whatever CPU runs the tests; `emulated_half` changes it."""
+    """Models compute in the dtype that they are stored in, whatever CPU runs the tests.
+
+    `emulated_half` and `own_arithmetic` change it.
+    """
     from s2q.common import devices
 
     with pytest.MonkeyPatch.context() as patch:
@@ -160,6 +163,14 @@ def emulated_half(monkeypatch):
     from s2q.common import devices
 
     monkeypatch.setattr(devices, "has_arithmetic", lambda dtype: dtype == torch.float32)
+
+
+@pytest.fixture
+def own_arithmetic(monkeypatch):
+    """The CPU has the arithmetic that it has: emulated half precision takes four times as long on a trained model."""
+    from s2q.common import devices, processor
+
+    monkeypatch.setattr(devices, "has_arithmetic", processor.has_arithmetic)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def test_the_measured_commands_are_those_of_the_page():
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_runs_in_the_order_of_the_page(tmp_path, monkeypatch, capsys):
+def test_every_command_of_the_page_runs_in_the_order_of_the_page(own_arithmetic, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in quickstart.PROMPTS.items():
         Path(name).write_text(text)
