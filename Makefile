@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 DEMO_DIR ?= s2q-demo
+# Bytecode is compiled at the first import of a module, not of all that is installed, and kept whatever the environment says.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-emulated test-faults test-gpu bench-cpu bench-cpu-kinds bench-cpu-steps bench-gpu lint format docs clean
@@ -13,8 +16,8 @@ demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
 # The quick tests, 7 minutes on 2 cores: a process a core, each with one thread (tests/conftest.py). ALL=1 adds the slow ones
-# and those on emulated GPUs. Bytecode is kept whatever the environment says: many tests start interpreters.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile
+# and those on emulated GPUs.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)
 	@command -v chromium > /dev/null || echo "No chromium: tests of pages in a browser are skipped (apt-get install chromium)"
 	$(PYTEST) $(if $(ALL),-m "not gpu and not vbench and not faults")
@@ -85,11 +88,11 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing what is missing into $(VENV); the first time this takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) -e '.[dev]'
 	@touch $(READY)
 
 # MkDocs, in half a minute.
 $(DOCS_READY): pyproject.toml constraints.txt | $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $(DOCS_READY)
