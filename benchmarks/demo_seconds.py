@@ -1,8 +1,9 @@
-"""Seconds of the stages of `s2q demo`, on this CPU and on the same CPU limited to AVX2.
+"""Seconds of the stages of `s2q demo`, on this CPU and, where it has more than AVX2, on the same CPU limited to that.
 
     python benchmarks/demo_seconds.py
 
-Each is one whole run in a process of its own. Written to ``benchmarks/results/demo-seconds.json``.
+Each is one whole run in a process of its own. Written to ``benchmarks/results/demo-seconds.json``; on a CPU without
+VNNI, to ``demo-seconds-avx2-only.json``.
 """
 
 import json
@@ -15,7 +16,9 @@ from pathlib import Path
 from environment import environment
 from records import rounded, write_record
 
-RESULT = Path(__file__).parent / "results" / "demo-seconds.json"
+from s2q.common.processor import has_int8_dot
+
+RESULTS = Path(__file__).parent / "results"
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
@@ -30,10 +33,12 @@ def demo_seconds(variables: dict[str, str]) -> dict[str, float]:
 
 def main() -> None:
     rows = []
-    for name, variables in (("all", {}), ("AVX2 alone", AVX2)):
+    kinds = {"all": {}, "AVX2, capped": AVX2} if has_int8_dot() else {"AVX2": {}}
+    for name, variables in kinds.items():
         rows.append({"instructions": name, "variables": variables, "seconds": demo_seconds(variables)})
         print(json.dumps(rows[-1]), flush=True)
-    write_record(RESULT, {"schema_version": 1, **environment(), "rows": rows})
+    file = "demo-seconds.json" if has_int8_dot() else "demo-seconds-avx2-only.json"
+    write_record(RESULTS / file, {"schema_version": 1, **environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -59,14 +59,16 @@ def linear_table(device: str) -> str:
 
 
 def demo_table(device: str) -> str:
-    """Seconds of the demo with all instructions of a CPU and with AVX2 alone."""
-    content = json.loads((RESULTS / "demo-seconds.json").read_text())
+    """Seconds of the demo with all instructions of a CPU, limited to AVX2, and on a CPU that has AVX2 alone."""
     lines = table_head("instructions", ["quantize, s", "evaluate, s", "total, s"])
-    for row in content["rows"]:
-        lines.append(
-            table_row(row["instructions"], [f"{row['seconds'][n]:.0f}" for n in ("quantize", "evaluate", "total")])
-        )
-    return "\n".join([*lines, "", _place_and_command(content, device)])
+    places = []
+    for file in ("demo-seconds.json", "demo-seconds-avx2-only.json"):
+        content = json.loads((RESULTS / file).read_text())
+        places.append(_place_and_command(content, device))
+        for row in content["rows"]:
+            seconds = [f"{row['seconds'][name]:.0f}" for name in ("quantize", "evaluate", "total")]
+            lines.append(table_row(row["instructions"], seconds))
+    return "\n".join([*lines, "", *places])
 
 
 def _place_and_command(content: Mapping[str, Any], device: str) -> str:
@@ -105,11 +107,11 @@ def step_against_table(device: str) -> str:
 
 
 def kinds_table(device: str) -> str:
-    """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
+    """Whole linears and the embedded step against fp32 and bf16, on CPUs of each kind and on one limited to AVX2."""
     recipes = [f"`{name}`" for name in KINDS_RECIPES]
     lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", *recipes])
     places = []
-    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
+    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2", f"{device}-one-thread-avx2-only"):
         content, linears = bench_results(kind, "linear")
         rows: dict[tuple, dict[str, dict]] = {}
         for result in (*linears, *bench_results(kind, "denoising_step")[1]):
@@ -123,7 +125,8 @@ def kinds_table(device: str) -> str:
                 *(f"{first[f'{full}_milliseconds']:.3g}" for full in ("fp32", "bf16")),
                 *(_times(by_recipe[name]["ratio_to_baseline"]) if name in by_recipe else "" for name in KINDS_RECIPES),
             ]
-            lines.append(table_row(content["hardware"]["instruction_set"], cells))
+            capped = ", capped" if content["hardware"]["limited_by"] else ""
+            lines.append(table_row(content["hardware"]["instruction_set"] + capped, cells))
         if rows:
             places.append(place_of(content["hardware"]))
     if not places:
