@@ -22,7 +22,7 @@ SIZES = ("s2q-plus-w8a8", *RECOMMENDED, WITHOUT_CALIBRATION, "s2q-w4a8")
 TIMED_ON = "h100"
 CPUS = {
     "CPU with AVX-512 VNNI": ("int8", "int8", "cpu-one-thread"),
-    "CPU with AVX2 alone": ("int8", "fp32", "cpu-one-thread-avx2-only"),
+    "CPU with AVX2 alone": ("int8", "fp32", "cpu-one-thread-no-vnni"),
     "other CPUs": ("fp32", "fp32", None),
 }
 """Products of 4-bit and of 8-bit weights on CPUs, and the file of their measurements."""

@@ -1,9 +1,9 @@
-"""Seconds of the stages of `s2q demo`, on this CPU and, where it has more than AVX2, on the same CPU limited to that.
+"""Seconds of the stages of `s2q demo`, on this CPU and, where it has VNNI, on the same CPU limited to AVX2.
 
     python benchmarks/demo_seconds.py
 
 Each is one whole run in a process of its own. Written to ``benchmarks/results/demo-seconds.json``; on a CPU without
-VNNI, to ``demo-seconds-avx2-only.json``.
+VNNI, to ``demo-seconds-no-vnni.json``.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from environment import environment
 from records import rounded, write_record
 
-from s2q.common.processor import has_int8_dot
+from s2q.common.processor import has_int8_dot, instruction_set, limited_by
 
 RESULTS = Path(__file__).parent / "results"
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -32,12 +32,14 @@ def demo_seconds(variables: dict[str, str]) -> dict[str, float]:
 
 
 def main() -> None:
+    if limited_by():
+        sys.exit(f"demo_seconds: this CPU is limited by {limited_by()}; unset it, the script sets its own")
     rows = []
-    kinds = {"all": {}, "AVX2, capped": AVX2} if has_int8_dot() else {"AVX2": {}}
+    kinds = {instruction_set(): {}} | ({"AVX2, capped": AVX2} if has_int8_dot() else {})
     for name, variables in kinds.items():
         rows.append({"instructions": name, "variables": variables, "seconds": demo_seconds(variables)})
         print(json.dumps(rows[-1]), flush=True)
-    file = "demo-seconds.json" if has_int8_dot() else "demo-seconds-avx2-only.json"
+    file = "demo-seconds.json" if has_int8_dot() else "demo-seconds-no-vnni.json"
     write_record(RESULTS / file, {"schema_version": 1, **environment(), "rows": rows})
 
 

@@ -59,16 +59,16 @@ def linear_table(device: str) -> str:
 
 
 def demo_table(device: str) -> str:
-    """Seconds of the demo with all instructions of a CPU, limited to AVX2, and on a CPU that has AVX2 alone."""
+    """Seconds of the demo on CPUs with and without VNNI."""
     lines = table_head("instructions", ["quantize, s", "evaluate, s", "total, s"])
     places = []
-    for file in ("demo-seconds.json", "demo-seconds-avx2-only.json"):
+    for file in ("demo-seconds.json", "demo-seconds-no-vnni.json"):
         content = json.loads((RESULTS / file).read_text())
         places.append(_place_and_command(content, device))
         for row in content["rows"]:
             seconds = [f"{row['seconds'][name]:.0f}" for name in ("quantize", "evaluate", "total")]
             lines.append(table_row(row["instructions"], seconds))
-    return "\n".join([*lines, "", *places])
+    return "\n".join([*lines, "", " ".join(places)])
 
 
 def _place_and_command(content: Mapping[str, Any], device: str) -> str:
@@ -107,11 +107,11 @@ def step_against_table(device: str) -> str:
 
 
 def kinds_table(device: str) -> str:
-    """Whole linears and the embedded step against fp32 and bf16, on CPUs of each kind and on one limited to AVX2."""
+    """Whole linears and the embedded step against fp32 and bf16, on CPUs with and without VNNI."""
     recipes = [f"`{name}`" for name in KINDS_RECIPES]
     lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", *recipes])
     places = []
-    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2", f"{device}-one-thread-avx2-only"):
+    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2", f"{device}-one-thread-no-vnni"):
         content, linears = bench_results(kind, "linear")
         rows: dict[tuple, dict[str, dict]] = {}
         for result in (*linears, *bench_results(kind, "denoising_step")[1]):

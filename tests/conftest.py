@@ -167,7 +167,7 @@ def emulated_half(monkeypatch):
 
 @pytest.fixture
 def own_arithmetic(monkeypatch):
-    """The CPU has the arithmetic that it has: emulated half precision takes four times as long on a trained model."""
+    """Models compute in the default dtype of this CPU: emulated half precision takes four times as long."""
     from s2q.common import devices, processor
 
     monkeypatch.setattr(devices, "has_arithmetic", processor.has_arithmetic)

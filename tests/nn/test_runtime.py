@@ -215,10 +215,10 @@ def test_the_fastest_backend_keeps_nothing_of_an_offloaded_layer(transformer, of
 
 @pytest.mark.parametrize("in_pairs", [False, True], ids=["as on this CPU", "without VNNI"])
 def test_the_fastest_backend_leaves_wide_linears_on_integers(transformer, counted, monkeypatch, in_pairs):
-    """Those whose widths have an integer product: without VNNI the 8-bit linears outside the blocks have none."""
+    """Wide linears whose widths have an integer product; without VNNI the 8-bit ones outside the blocks have none."""
     monkeypatch.setattr(dequantized, "NARROW", 1)
     if in_pairs:
-        monkeypatch.setattr(dequantized.cpu, "adds_in_32_bits", lambda: False)
+        monkeypatch.setattr(dequantized.cpu, "has_int8_dot", lambda: False)
     if not dequantized.cpu.is_fast(x_bits=6, w_bits=4):
         pytest.skip("without int8 instructions integers are never faster")
     integers = run_transformer(transformer)
@@ -229,7 +229,9 @@ def test_the_fastest_backend_leaves_wide_linears_on_integers(transformer, counte
     assert len(counted) == 2 * expected > 0
     set_backend(fastest, "fastest")
     assert fastest.norm_out.linear.scheme.weight.num_bits == 8
-    assert dequantized.runs_dequantized(fastest.norm_out.linear) == (not dequantized.cpu.adds_in_32_bits())
+    has_product = dequantized.cpu.adds_in_32_bits()
+    assert dequantized.runs_dequantized(fastest.norm_out.linear) == (not has_product)
+    assert torch.equal(run_transformer(fastest), integers) == has_product
 
 
 def test_what_is_kept_follows_the_layer(transformer):
