@@ -16,7 +16,7 @@ from pathlib import Path
 from environment import environment
 from records import rounded, write_record
 
-from s2q.common.processor import has_int8_dot, instruction_set, limited_by
+from s2q.common.processor import has_int8_dot, limited_by
 
 RESULTS = Path(__file__).parent / "results"
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -35,9 +35,8 @@ def main() -> None:
     if limited_by():
         sys.exit(f"demo_seconds: this CPU is limited by {limited_by()}; unset it, the script sets its own")
     rows = []
-    kinds = {instruction_set(): {}} | ({"AVX2, capped": AVX2} if has_int8_dot() else {})
-    for name, variables in kinds.items():
-        rows.append({"instructions": name, "variables": variables, "seconds": demo_seconds(variables)})
+    for variables in ({}, AVX2) if has_int8_dot() else ({},):
+        rows.append({"variables": variables, "seconds": demo_seconds(variables)})
         print(json.dumps(rows[-1]), flush=True)
     file = "demo-seconds.json" if has_int8_dot() else "demo-seconds-no-vnni.json"
     write_record(RESULTS / file, {"schema_version": 1, **environment(), "rows": rows})

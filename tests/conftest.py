@@ -167,7 +167,7 @@ def emulated_half(monkeypatch):
 
 @pytest.fixture
 def own_arithmetic(monkeypatch):
-    """Models compute in the default dtype of this CPU: emulated half precision takes four times as long."""
+    """Models compute in the default dtype of this CPU: emulated half precision takes several times as long."""
     from s2q.common import devices, processor
 
     monkeypatch.setattr(devices, "has_arithmetic", processor.has_arithmetic)
